@@ -1,0 +1,1 @@
+"""fastllm: custom fused kernels for LLaMA-family models in PyTorch."""
