@@ -1,0 +1,70 @@
+// Which rung can this machine run? Compiled at the baseline: nothing here may need the answer.
+#include <atomic>
+
+#include "isa.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace fastllm::cpu {
+
+#if defined(__x86_64__)
+namespace {
+
+struct Registers {
+  uint32_t eax, ebx, ecx, edx;
+};
+
+Registers cpuid(uint32_t leaf, uint32_t subleaf) {
+  Registers r{0, 0, 0, 0};
+  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
+  return r;
+}
+
+bool bit(uint32_t word, int index) { return (word >> index) & 1u; }
+
+// XCR0 says which register files the operating system saves on a context switch. A processor may have AVX-512 while the
+// system does not save its state; using it then traps.
+uint64_t enabled_states() {
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+}  // namespace
+
+Isa detect_isa() {
+  static const Isa detected = [] {
+    const Registers one = cpuid(1, 0), seven = cpuid(7, 0), seven_one = cpuid(7, 1);
+    const bool osxsave = bit(one.ecx, 27);
+    if (!osxsave) return Isa::scalar;
+    const uint64_t states = enabled_states();
+    const bool ymm = (states & 0x6) == 0x6;    // SSE and AVX state
+    const bool zmm = (states & 0xe6) == 0xe6;  // and opmask, upper halves, upper sixteen
+    const bool fma = bit(one.ecx, 12), f16c = bit(one.ecx, 29), avx2 = bit(seven.ebx, 5);
+    if (!(ymm && fma && f16c && avx2)) return Isa::scalar;
+    const bool f = bit(seven.ebx, 16), dq = bit(seven.ebx, 17), bw = bit(seven.ebx, 30), vl = bit(seven.ebx, 31);
+    if (!(zmm && f && dq && bw && vl)) return Isa::avx2;
+    const bool vnni = bit(seven.ecx, 11), bf16 = bit(seven_one.eax, 5);
+    if (!vnni) return Isa::avx512;
+    return bf16 ? Isa::avx512_bf16 : Isa::avx512_vnni;
+  }();
+  return detected;
+}
+#else
+Isa detect_isa() { return Isa::scalar; }
+#endif
+
+namespace {
+std::atomic<int> active{-1};
+}
+
+Isa active_isa() {
+  const int isa = active.load(std::memory_order_relaxed);
+  return isa < 0 ? detect_isa() : static_cast<Isa>(isa);
+}
+
+void set_active_isa(Isa isa) { active.store(static_cast<int>(isa), std::memory_order_relaxed); }
+
+}  // namespace fastllm::cpu

@@ -1,0 +1,32 @@
+// Threads live behind this file and nowhere else.
+#pragma once
+
+#include <cstdint>
+
+namespace fastllm::cpu {
+
+// Runs body(context, begin, end) over [0, count) in chunks of `grain`, on at most `threads` threads, and returns when
+// all are done. Threads take the next chunk from a counter, so a thread that another process holds up delays the others
+// by one chunk at most. The body must not throw. Results must not depend on which thread runs a chunk.
+void run_chunks(int64_t count, int64_t grain, int threads, void (*body)(void* context, int64_t begin, int64_t end),
+                void* context);
+
+// Which threads serve: "openmp" (the OpenMP runtime that PyTorch has loaded) or "pool" (our own).
+const char* thread_runtime();
+// Chooses one by name; false if this process does not have it.
+bool set_thread_runtime(const char* name);
+
+}  // namespace fastllm::cpu
+
+// A template whose argument is a lambda of an unnamed namespace has internal linkage itself, so rungs never share it.
+template <typename Body>
+static inline void parallel_for(int64_t count, int64_t grain, int threads, Body&& body) {
+  if (count <= 0) return;
+  if (threads <= 1 || count <= grain) {
+    body(int64_t{0}, count);
+    return;
+  }
+  fastllm::cpu::run_chunks(
+      count, grain, threads,
+      [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); }, &body);
+}

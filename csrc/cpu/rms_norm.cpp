@@ -1,0 +1,103 @@
+// y = x / sqrt(mean(x^2) + eps) * (weight + offset), for each row; with a residual, x + residual is normed and returned
+// too.
+//
+// Bytes a row: read K (and K of the residual), write K (and K of the sum). The second pass reads what the first has
+// just put into L1 (rows up to 8k floats), so memory sees one pass.
+#include "rms_norm.h"
+
+#include "parallel.h"
+#include "simd/simd.h"
+
+namespace fastllm::cpu::FASTLLM_ISA {
+namespace {
+
+// h[k] = round(x[k] + residual[k]), as PyTorch's own add rounds; null residual: h is x.
+template <typename T>
+FASTLLM_INLINE void add_row(const T* x, const T* residual, T* h, int64_t K) {
+  int64_t k = 0;
+  for (; k + kWidth <= K; k += kWidth) store(h + k, load(x + k) + load(residual + k));
+  if (k < K) store_n(h + k, load_n(x + k, K - k) + load_n(residual + k, K - k), K - k);
+}
+
+// Sum of squares in two levels: runs of kRun elements on four chains of floats, runs added up in double, so that the
+// error does not grow with K.
+template <typename T>
+FASTLLM_INLINE double sum_of_squares(const T* x, int64_t K) {
+  constexpr int64_t kRun = 256 < 32 * kWidth ? 32 * kWidth : 256;
+  double total = 0;
+  int64_t k = 0;
+  while (k + 4 * kWidth <= K) {
+    const int64_t end = k + kRun <= K ? k + kRun : K;
+    vf s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
+    for (; k + 4 * kWidth <= end; k += 4 * kWidth) {
+      const vf a = load(x + k), b = load(x + k + kWidth), c = load(x + k + 2 * kWidth), d = load(x + k + 3 * kWidth);
+      s0 = fmadd(a, a, s0);
+      s1 = fmadd(b, b, s1);
+      s2 = fmadd(c, c, s2);
+      s3 = fmadd(d, d, s3);
+    }
+    total += static_cast<double>(reduce_add((s0 + s1) + (s2 + s3)));
+  }
+  vf rest = zero();
+  for (; k < K; k += kWidth) {
+    const vf a = load_n(x + k, K - k < kWidth ? K - k : kWidth);
+    rest = fmadd(a, a, rest);
+  }
+  return total + static_cast<double>(reduce_add(rest));
+}
+
+// One rounding of a float to T and back.
+template <typename T>
+FASTLLM_INLINE vf rounded(vf a, T*) {
+  T buffer[kWidth];
+  store(buffer, a);
+  return load(buffer);
+}
+FASTLLM_INLINE vf rounded(vf a, float*) { return a; }
+
+template <typename T>
+FASTLLM_INLINE vf norm_and_weigh(vf x, vf scale, vf weight, bool round_before_weight) {
+  vf normed = x * scale;
+  if (round_before_weight) normed = rounded(normed, static_cast<T*>(nullptr));
+  return normed * weight;
+}
+
+template <typename T>
+void rms_norm_rows(const RmsNormArgs& a, int64_t begin, int64_t end) {
+  const T* weight = static_cast<const T*>(a.weight);
+  const int64_t K = a.K;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = static_cast<const T*>(a.x) + row_offset(a.x_rows, row);
+    T* y = static_cast<T*>(a.y) + row * K;
+    if (a.residual) {
+      T* sum = static_cast<T*>(a.sum) + row * K;
+      add_row(x, static_cast<const T*>(a.residual) + row_offset(a.residual_rows, row), sum, K);
+      x = sum;
+    }
+    const double mean = sum_of_squares(x, K) / static_cast<double>(K);
+    const vf scale = set1(static_cast<float>(1.0 / __builtin_sqrt(mean + static_cast<double>(a.eps))));
+    const vf offset = set1(a.offset), one = set1(1.0f);
+    int64_t k = 0;
+    for (; k + kWidth <= K; k += kWidth) {
+      const vf w = weight ? load(weight + k) + offset : one;
+      store(y + k, norm_and_weigh<T>(load(x + k), scale, w, a.round_before_weight));
+    }
+    if (k < K) {
+      const vf w = weight ? load_n(weight + k, K - k) + offset : one;
+      store_n(y + k, norm_and_weigh<T>(load_n(x + k, K - k), scale, w, a.round_before_weight), K - k);
+    }
+  }
+}
+
+}  // namespace
+
+void rms_norm(const RmsNormArgs& a) {
+  const int64_t rows_a_chunk = 1 + 16384 / (a.K + 1);  // a chunk is worth waking a thread for: about 5 us
+  parallel_for(a.rows, rows_a_chunk, a.threads, [&](int64_t begin, int64_t end) {
+#define FASTLLM_BODY(T) rms_norm_rows<decltype(T)>(a, begin, end)
+    FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
+#undef FASTLLM_BODY
+  });
+}
+
+}  // namespace fastllm::cpu::FASTLLM_ISA

@@ -1,0 +1,24 @@
+#pragma once
+
+#include "isa.h"
+#include "rows.h"
+
+namespace fastllm::cpu {
+
+struct RmsNormArgs {
+  const void* x;         // (rows, K), row starts at x_rows
+  const void* weight;    // (K) or null
+  const void* residual;  // (rows, K) or null
+  void* y;               // (rows, K) contiguous
+  void* sum;             // (rows, K) contiguous: x + residual; null if residual is
+  DType dtype;           // of all of them
+  int64_t rows, K;
+  Rows x_rows, residual_rows;
+  float eps, offset;         // y = normed * (weight + offset)
+  bool round_before_weight;  // LLaMA rounds the normed value to dtype before the weight multiplies it, Gemma does not
+  int threads;
+};
+
+FASTLLM_KERNEL(rms_norm, RmsNormArgs, avx512)
+
+}  // namespace fastllm::cpu

@@ -1,0 +1,96 @@
+// Eight lanes: AVX2, FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+namespace fastllm::cpu::FASTLLM_ISA {
+namespace {
+
+constexpr int kWidth = 8;
+
+struct vf {
+  __m256 v;
+};
+
+// All ones in the first n lanes.
+FASTLLM_INLINE __m256i lane_mask(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+FASTLLM_INLINE vf widen(bf16, __m128i bits) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+FASTLLM_INLINE vf widen(f16, __m128i bits) { return {_mm256_cvtph_ps(bits)}; }
+
+FASTLLM_INLINE __m128i narrow(bf16, vf a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+  // The carry would turn some NaNs into infinities: keep the top half and set the quiet bit instead.
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+  rounded = _mm256_blendv_epi8(rounded, quiet, nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+}
+FASTLLM_INLINE __m128i narrow(f16, vf a) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
+
+FASTLLM_INLINE vf load(const float* p) { return {_mm256_loadu_ps(p)}; }
+FASTLLM_INLINE vf load_n(const float* p, int64_t n) { return {_mm256_maskload_ps(p, lane_mask(n))}; }
+FASTLLM_INLINE void store(float* p, vf a) { _mm256_storeu_ps(p, a.v); }
+FASTLLM_INLINE void store_n(float* p, vf a, int64_t n) { _mm256_maskstore_ps(p, lane_mask(n), a.v); }
+
+template <typename Half>
+FASTLLM_INLINE vf load(const Half* p) {
+  return widen(Half{}, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+// AVX2 has no masked access to 16-bit lanes: partial vectors go through a buffer.
+template <typename Half>
+FASTLLM_INLINE vf load_n(const Half* p, int64_t n) {
+  alignas(16) uint16_t buffer[8] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(Half));
+  return widen(Half{}, _mm_load_si128(reinterpret_cast<const __m128i*>(buffer)));
+}
+template <typename Half>
+FASTLLM_INLINE void store(Half* p, vf a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(Half{}, a));
+}
+template <typename Half>
+FASTLLM_INLINE void store_n(Half* p, vf a, int64_t n) {
+  alignas(16) uint16_t buffer[8];
+  _mm_store_si128(reinterpret_cast<__m128i*>(buffer), narrow(Half{}, a));
+  std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(Half));
+}
+
+FASTLLM_INLINE vf set1(float x) { return {_mm256_set1_ps(x)}; }
+FASTLLM_INLINE vf zero() { return {_mm256_setzero_ps()}; }
+FASTLLM_INLINE vf operator+(vf a, vf b) { return {_mm256_add_ps(a.v, b.v)}; }
+FASTLLM_INLINE vf operator-(vf a, vf b) { return {_mm256_sub_ps(a.v, b.v)}; }
+FASTLLM_INLINE vf operator*(vf a, vf b) { return {_mm256_mul_ps(a.v, b.v)}; }
+FASTLLM_INLINE vf operator/(vf a, vf b) { return {_mm256_div_ps(a.v, b.v)}; }
+FASTLLM_INLINE vf fmadd(vf a, vf b, vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+FASTLLM_INLINE vf fnmadd(vf a, vf b, vf c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+FASTLLM_INLINE vf max(vf a, vf b) { return {_mm256_max_ps(a.v, b.v)}; }
+FASTLLM_INLINE vf min(vf a, vf b) { return {_mm256_min_ps(a.v, b.v)}; }
+
+FASTLLM_INLINE float reduce_add(vf a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+FASTLLM_INLINE float reduce_max(vf a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+FASTLLM_INLINE vf round_nearest(vf a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// a * 2^n for integral n in [-252, 252]; two steps, so that results may be subnormal or infinite.
+FASTLLM_INLINE vf scale_by_power(vf a, vf n) {
+  const __m256i whole = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(whole, 1), bias = _mm256_set1_epi32(127);
+  const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+  const __m256i second = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23);
+  return {_mm256_mul_ps(_mm256_mul_ps(a.v, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second))};
+}
+
+}  // namespace
+}  // namespace fastllm::cpu::FASTLLM_ISA

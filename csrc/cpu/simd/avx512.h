@@ -1,0 +1,76 @@
+// Sixteen lanes: AVX-512 F, BW, DQ and VL.
+#pragma once
+
+#include <immintrin.h>
+
+namespace fastllm::cpu::FASTLLM_ISA {
+namespace {
+
+constexpr int kWidth = 16;
+
+struct vf {
+  __m512 v;
+};
+
+FASTLLM_INLINE __mmask16 lane_mask(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+FASTLLM_INLINE vf widen(bf16, __m256i bits) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+FASTLLM_INLINE vf widen(f16, __m256i bits) { return {_mm512_cvtph_ps(bits)}; }
+
+FASTLLM_INLINE __m256i narrow(bf16, vf a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+  // The carry would turn some NaNs into infinities: keep the top half and set the quiet bit instead.
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  rounded = _mm512_mask_or_epi32(rounded, nan, _mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+  return _mm512_cvtepi32_epi16(rounded);
+}
+FASTLLM_INLINE __m256i narrow(f16, vf a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
+
+FASTLLM_INLINE vf load(const float* p) { return {_mm512_loadu_ps(p)}; }
+FASTLLM_INLINE vf load_n(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(lane_mask(n), p)}; }
+FASTLLM_INLINE void store(float* p, vf a) { _mm512_storeu_ps(p, a.v); }
+FASTLLM_INLINE void store_n(float* p, vf a, int64_t n) { _mm512_mask_storeu_ps(p, lane_mask(n), a.v); }
+
+template <typename Half>
+FASTLLM_INLINE vf load(const Half* p) {
+  return widen(Half{}, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+template <typename Half>
+FASTLLM_INLINE vf load_n(const Half* p, int64_t n) {
+  return widen(Half{}, _mm256_maskz_loadu_epi16(lane_mask(n), p));
+}
+template <typename Half>
+FASTLLM_INLINE void store(Half* p, vf a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(Half{}, a));
+}
+template <typename Half>
+FASTLLM_INLINE void store_n(Half* p, vf a, int64_t n) {
+  _mm256_mask_storeu_epi16(p, lane_mask(n), narrow(Half{}, a));
+}
+
+FASTLLM_INLINE vf set1(float x) { return {_mm512_set1_ps(x)}; }
+FASTLLM_INLINE vf zero() { return {_mm512_setzero_ps()}; }
+FASTLLM_INLINE vf operator+(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }
+FASTLLM_INLINE vf operator-(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
+FASTLLM_INLINE vf operator*(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
+FASTLLM_INLINE vf operator/(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
+FASTLLM_INLINE vf fmadd(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+FASTLLM_INLINE vf fnmadd(vf a, vf b, vf c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+FASTLLM_INLINE vf max(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
+FASTLLM_INLINE vf min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
+
+FASTLLM_INLINE float reduce_add(vf a) { return _mm512_reduce_add_ps(a.v); }
+FASTLLM_INLINE float reduce_max(vf a) { return _mm512_reduce_max_ps(a.v); }
+
+FASTLLM_INLINE vf round_nearest(vf a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// a * 2^n for integral n; subnormal and infinite results come out right.
+FASTLLM_INLINE vf scale_by_power(vf a, vf n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+
+}  // namespace
+}  // namespace fastllm::cpu::FASTLLM_ISA

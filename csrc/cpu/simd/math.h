@@ -1,0 +1,33 @@
+// Elementary functions over vf, the same code on every rung.
+#pragma once
+
+namespace fastllm::cpu::FASTLLM_ISA {
+namespace {
+
+// e^x within about 1.5 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, a degree-6 polynomial in r (Cephes' expf), scaled by
+// 2^n. Infinities and NaN behave as in C; below -104 the result is 0.
+FASTLLM_INLINE vf exp(vf x) {
+  // The constant stands first: min and max return their second operand where one is NaN.
+  x = min(set1(89.0f), max(set1(-104.0f), x));
+  const vf n = round_nearest(x * set1(1.44269504088896341f));
+  // ln 2 in two parts; the first has few enough bits that n times it is exact.
+  vf r = fnmadd(n, set1(0.693359375f), x);
+  r = fnmadd(n, set1(-2.12194440e-4f), r);
+  vf p = set1(1.9875691500e-4f);
+  p = fmadd(p, r, set1(1.3981999507e-3f));
+  p = fmadd(p, r, set1(8.3334519073e-3f));
+  p = fmadd(p, r, set1(4.1665795894e-2f));
+  p = fmadd(p, r, set1(1.6666665459e-1f));
+  p = fmadd(p, r, set1(5.0000001201e-1f));
+  p = fmadd(p, r * r, r) + set1(1.0f);
+  return scale_by_power(p, n);
+}
+
+// 1 / (1 + e^-x)
+FASTLLM_INLINE vf sigmoid(vf x) { return set1(1.0f) / (set1(1.0f) + exp(zero() - x)); }
+
+// tanh(x) = 2 sigmoid(2 x) - 1; absolute error about 1e-7 (near zero the relative error grows: gelu multiplies it away)
+FASTLLM_INLINE vf tanh(vf x) { return fmadd(set1(2.0f), sigmoid(x + x), set1(-1.0f)); }
+
+}  // namespace
+}  // namespace fastllm::cpu::FASTLLM_ISA

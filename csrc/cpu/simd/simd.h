@@ -1,0 +1,38 @@
+// One vector type, `vf`, of kWidth floats, for the rung that this file is being compiled for (FASTLLM_ISA names it).
+//
+// Kernels are written once over these names and compiled once a rung:
+//   load / store (float, bf16 or f16 in memory, float in registers), load_n / store_n (the first n lanes; the rest
+//   reads as 0), set1, zero, + - * /, fmadd(a, b, c) = a * b + c, fnmadd(a, b, c) = c - a * b, max, min, reduce_add,
+//   reduce_max, exp, sigmoid.
+// Stores round to nearest even. max(a, b) and min(a, b) return b where either is NaN, as the x86 instructions do.
+//
+// Include it inside nothing; it opens fastllm::cpu::<rung> and an unnamed namespace itself, so that every function has
+// internal linkage. Kernel files must not call inline functions or templates of the standard library: those have
+// external linkage, and the linker may keep the AVX-512 copy for everyone.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "types.h"
+
+#if defined(__GNUC__)
+#define FASTLLM_INLINE static inline __attribute__((always_inline))
+#else
+#define FASTLLM_INLINE static inline
+#endif
+
+#if !defined(FASTLLM_ISA)
+#error "FASTLLM_ISA names the rung: scalar, avx2, avx512, avx512_vnni or avx512_bf16"
+#endif
+
+// 0 scalar, 1 avx2, 2 avx512, 3 avx512_vnni, 4 avx512_bf16: the same order as enum class Isa.
+#if FASTLLM_ISA_LEVEL >= 2
+#include "avx512.h"
+#elif FASTLLM_ISA_LEVEL == 1
+#include "avx2.h"
+#else
+#include "scalar.h"
+#endif
+
+#include "math.h"

@@ -1,0 +1,60 @@
+"""What an op's ``cases.py`` is made of. Tests, ``verify`` and ``bench`` are driven by it and know no op by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+__all__ = ["Case", "OpCases"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op.
+
+    Args:
+        name: says the shape and what is special; unique for its op and dtype.
+        dtype: the working dtype.
+        inputs: takes a seeded CPU generator, returns the public function's keyword arguments, on the CPU.
+        bytes: bytes that the op cannot avoid moving (inputs read once, outputs written once).
+        flops: floating-point or integer operations that it cannot avoid.
+        bench: whether ``fastllm bench`` runs it; its shape then carries a model's name.
+        factor: replaces the 2 of the tolerance rule; ``because`` then says why.
+    """
+
+    name: str
+    dtype: torch.dtype
+    inputs: Callable[[torch.Generator], dict[str, Any]]
+    bytes: int = 0
+    flops: int = 0
+    bench: bool = False
+    factor: float = 2.0
+    because: str = ""
+
+
+@dataclass(frozen=True)
+class OpCases:
+    """An op's public function beside its float64 reference and PyTorch's own way, all with the same keyword arguments.
+
+    Args:
+        op: the op's name, as ``fastllm.ops`` spells it.
+        call: the public function.
+        reference: plain PyTorch; given float64 inputs, it computes in float64.
+        torch: what a PyTorch user would write, in the working dtype.
+        cases: the calls.
+        compute_bound: whether ``bench`` compares with the arithmetic peak rather than with bandwidth, per case.
+        rival: the name of PyTorch's own way, for tables.
+        mutants: wrong variants of the reference, by name; each must fail the tolerance rule on at least one case.
+    """
+
+    op: str
+    call: Callable[..., Any]
+    reference: Callable[..., Any]
+    torch: Callable[..., Any]
+    cases: Sequence[Case]
+    rival: str = "torch"
+    compute_bound: Callable[[Case], bool] = lambda case: False
+    mutants: dict[str, Callable[..., Any]] = field(default_factory=dict)

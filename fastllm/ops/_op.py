@@ -1,0 +1,156 @@
+"""The one clever file: how a call of a public function reaches a kernel.
+
+A public function checks its arguments, then calls its ``Op``. Two doors lead on. The direct door calls the chosen backend at
+once; it opens only where nobody could notice the difference: plain tensors, no gradient wanted, nothing compiling, tracing or
+intercepting. Otherwise the registered door, ``torch.ops.fastllm.<name>``, which has a fake, an autograd formula or a stated
+refusal, and the same backends behind it. docs/architecture.md has the microseconds of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.library import Library
+
+from .. import backends as _backends
+from ..backends import Backend
+from ..errors import no_backend_error
+
+__all__ = ["OPS", "Op", "empty", "refuse_unless_cpu"]
+
+_library = Library("fastllm", "DEF")
+OPS: dict[str, Op] = {}
+
+# Every output is allocated through this name, so that tests can hand out poisoned memory with guards around it.
+empty = torch.empty
+
+_forced_get = _backends._forced.get
+_Tensor = torch.Tensor
+_Parameter = torch.nn.Parameter
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
+
+
+def _direct(args: Sequence[Any]) -> bool:
+    """True where calling a backend straight away cannot be told from going through PyTorch's dispatcher."""
+    grad = _is_grad_enabled()
+    for a in args:
+        kind = type(a)
+        if kind is _Tensor or kind is _Parameter:
+            if grad and a.requires_grad:
+                return False
+        elif isinstance(a, _Tensor):  # a subclass: FakeTensor, DTensor, ...
+            return False
+    return (
+        _dispatch_modes() == 0
+        and _function_modes() == 0
+        and _functorch_level() is None
+        and _tracing_state() is None
+        and forward_ad._current_level < 0
+    )
+
+
+class Op:
+    """One op: a schema, a fake, a gradient or the reason why there is none, and backends in order of preference.
+
+    Args:
+        name: the op's name under ``torch.ops.fastllm``.
+        schema: PyTorch schema without the name, e.g. ``"(Tensor x, float eps) -> Tensor"``.
+        fake: same arguments, returns empty tensors of the right shape, dtype and device.
+        backends: the first one that does not refuse the arguments serves.
+        prepare: the public function's checks: takes its arguments, returns the schema's as a tuple. ``explain`` uses it.
+        backward: ``(setup_context, backward)`` as ``torch.library.register_autograd`` takes them.
+        no_gradient: in place of ``backward``: one sentence that a caller who asks for gradients is told.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        fake: Callable[..., Any],
+        backends: Sequence[Backend],
+        prepare: Callable[..., tuple[Any, ...]],
+        backward: tuple[Callable[..., None], Callable[..., Any]] | None = None,
+        no_gradient: str = "",
+    ) -> None:
+        self.name = name
+        self.backends = tuple(backends)
+        self.prepare = prepare
+        _library.define(name + schema)
+        _library.impl(name, self._serve, "CompositeExplicitAutograd")
+        qualified = f"fastllm::{name}"
+        torch.library.register_fake(qualified, fake, lib=_library)
+        setup, formula = backward or (None, _refusal(name, no_gradient))
+        torch.library.register_autograd(qualified, formula, setup_context=setup, lib=_library)
+        self.registered = getattr(torch.ops.fastllm, name).default
+        OPS[name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        if _is_compiling():
+            return self.registered(*args)
+        # The forced reference is plain PyTorch all the way: autograd, functorch and modes see through it by themselves.
+        if _direct(args) or _forced_get() == "reference":
+            return self._serve(*args)
+        return self.registered(*args)
+
+    def _serve(self, *args: Any) -> Any:
+        return self.choose(args).run(*args)
+
+    def choose(self, args: Sequence[Any]) -> Backend:
+        """The backend that serves these prepared arguments. Raises NotImplementedError with every reason if none does."""
+        forced = _forced_get()
+        reasons = {}
+        for backend in self.backends:
+            if forced is not None and backend.name != forced:
+                continue
+            reason = backend.refuse(*args)
+            if reason is None:
+                return backend
+            reasons[backend.name] = reason
+        if forced is not None and not reasons:
+            reasons[forced] = f"{self.name} has no such backend"
+        raise no_backend_error(self.name, reasons)
+
+    def explain(self, args: Sequence[Any]) -> list[tuple[str, bool, str]]:
+        """(backend, serves, why) for each backend in order of preference; at most one serves."""
+        forced, rows, chosen = _forced_get(), [], False
+        for backend in self.backends:
+            reason = backend.refuse(*args)
+            if forced is not None and backend.name != forced:
+                reason = f"{forced} is forced"
+            serves = reason is None and not chosen
+            if serves:
+                why = "forced" if forced else "first in order that can serve the call"
+            else:
+                why = reason or f"can serve the call, but {next(name for name, ok, _ in rows if ok)} is preferred"
+            chosen |= serves
+            rows.append((backend.name, serves, why))
+        return rows
+
+
+def _refusal(name: str, why: str) -> Callable[..., Any]:
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"{name}: no gradient, because {why}; call it under torch.no_grad(), "
+            'or under fastllm.use_backend("reference") before the forward, which PyTorch differentiates'
+        )
+
+    return refuse
+
+
+def refuse_unless_cpu(kernel: str, *tensors: torch.Tensor | None) -> str | None:
+    """Why the compiled CPU module can't serve these tensors, or None."""
+    if _backends._cpu_loaded is None:
+        return _backends._cpu_error
+    for t in tensors:
+        if t is not None and not t.is_cpu:
+            return f"it takes CPU tensors, not {t.device.type}"
+    return None

@@ -1,0 +1,156 @@
+"""The public function: checks, schemas, fakes, gradients, and which backends serve."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends import Backend
+from ...errors import value_error
+from .. import _check, _op
+from . import native, reference
+
+# Two schemas, because a PyTorch op cannot return a tensor or two. The arguments are the same.
+_ARGUMENTS = "Tensor x, Tensor? weight, Tensor? residual, float eps, float offset, bool round_before_weight"
+
+
+def _prepare(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor | None = None,
+    offset: float = 0.0,
+    rounding: str = "llama",
+) -> tuple[Any, ...]:
+    _check.floating("rms_norm", "x", x, min_dim=1)
+    if x.shape[-1] == 0:
+        raise _check.shape_error("rms_norm", "x", x.shape, "a last dim of at least 1")
+    if weight is not None:
+        _check.like("rms_norm", "weight", weight, x.dtype, x.device)
+        if weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
+            because = f"to match the last dim of x {tuple(x.shape)}"
+            raise _check.shape_error("rms_norm", "weight", weight.shape, f"({x.shape[-1]},)", because)
+    if residual is not None:
+        _check.like("rms_norm", "residual", residual, x.dtype, x.device)
+        if residual.shape != x.shape:
+            raise _check.shape_error("rms_norm", "residual", residual.shape, f"{tuple(x.shape)}", "to match x")
+    if not (eps >= 0.0 and math.isfinite(eps)):
+        raise value_error("rms_norm", "eps", eps, "a finite number of at least 0")
+    if not math.isfinite(offset):
+        raise value_error("rms_norm", "offset", offset, "a finite number")
+    if rounding not in ("llama", "gemma"):
+        raise value_error("rms_norm", "rounding", rounding, "'llama' or 'gemma'")
+    return x, weight, residual, float(eps), float(offset), rounding == "llama"
+
+
+def _reference(
+    x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, offset: float, round_before_weight: bool
+) -> Any:
+    rounding = "llama" if round_before_weight else "gemma"
+    return reference.rms_norm(x, weight, eps, residual=residual, offset=offset, rounding=rounding)
+
+
+def _fake(x: Tensor, weight: Tensor | None, residual: Tensor | None, *_: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_residual(x: Tensor, weight: Tensor | None, residual: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, residual, ctx.eps, ctx.offset, ctx.round_before_weight = inputs
+    ctx.save_for_backward(x if residual is None else output[1], weight)
+
+
+def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor | None]:
+    """d/dh and d/dweight of y = round(h r) (weight + offset), r = 1 / sqrt(mean(h^2) + eps).
+
+    With n = h r and g = grad_y (weight + offset): d/dh = r (g - n mean(g n)); d/dweight = the sum of grad_y n over rows.
+    """
+    h, weight = ctx.saved_tensors
+    wide = h.float()
+    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
+    normed = wide * r
+    g = grad_y.float()
+    grad_weight = None
+    if weight is not None:
+        if ctx.needs_input_grad[1]:
+            seen = normed.to(h.dtype).float() if ctx.round_before_weight else normed
+            grad_weight = (g * seen).flatten(0, -2).sum(0).to(weight.dtype)
+        g = g * (weight.float() + ctx.offset)
+    return r * (g - normed * (g * normed).mean(-1, keepdim=True)), grad_weight
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x, grad_weight = _gradients(ctx, grad_y)
+    return grad_x.to(grad_y.dtype), grad_weight, None, None, None, None
+
+
+def _backward_residual(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
+    grad_h, grad_weight = _gradients(ctx, grad_y)
+    grad_h = (grad_h + grad_sum.float()).to(grad_y.dtype)
+    # x and residual enter as a sum: both get its gradient. A copy, because autograd may accumulate in place.
+    return grad_h, grad_weight, grad_h.clone(), None, None, None
+
+
+_BACKENDS = (
+    Backend("cpu", native.rms_norm, native.refuse),
+    Backend("reference", _reference, _check.never_refuse),
+)
+_plain = _op.Op(
+    "rms_norm",
+    f"({_ARGUMENTS}) -> Tensor",
+    fake=_fake,
+    backends=_BACKENDS,
+    prepare=_prepare,
+    backward=(_setup_context, _backward),
+)
+_with_residual = _op.Op(
+    "rms_norm_residual",
+    f"({_ARGUMENTS}) -> (Tensor, Tensor)",
+    fake=_fake_residual,
+    backends=_BACKENDS,
+    prepare=_prepare,
+    backward=(_setup_context, _backward_residual),
+)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor | None = None,
+    offset: float = 0.0,
+    rounding: str = "llama",
+) -> Any:
+    """Root-mean-square norm of each row, with the residual added first if there is one.
+
+    h = x + residual;  y = h / sqrt(mean(h^2) + eps) * (weight + offset)
+
+    Args:
+        x: (..., K) fp32|bf16|fp16; rows may be strided.
+        weight: (K,) of x's dtype, or None for 1.
+        eps: added to the mean square, in its units.
+        residual: shape and dtype of x.
+        offset: added to the weight: 1.0 for Gemma, whose checkpoints store weight - 1.
+        rounding: "llama" rounds the normed value to x's dtype before the weight multiplies it, "gemma" after.
+
+    Returns:
+        y (..., K) of x's dtype; with a residual (y, h), h being the sum rounded to x's dtype.
+
+    Raises:
+        TypeError: a dtype other than fp32, bf16, fp16, or one that differs from x's. ValueError: a shape, eps or rounding.
+
+    Numerics: sums in fp32; each row's bits do not depend on the batch or on the number of threads. Gradients to x,
+    weight and residual.
+    Cost: 2 (3 with a residual, 4 with both results) times the bytes of x; 4 flops an element.
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467; transformers' LlamaRMSNorm and GemmaRMSNorm for the rounding.
+    """
+    args = _prepare(x, weight, eps, residual=residual, offset=offset, rounding=rounding)
+    return _plain(*args) if residual is None else _with_residual(*args)

@@ -1,0 +1,129 @@
+"""Shapes, inputs and PyTorch's own way, for tests, verify and bench."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from .._case import Case, OpCases
+from . import reference
+from .api import rms_norm
+
+
+def torch_rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor | None = None,
+    offset: float = 0.0,
+    rounding: str = "llama",
+) -> Any:
+    """transformers' LlamaRMSNorm and GemmaRMSNorm, op for op."""
+    h = x if residual is None else x + residual
+    normed = h.float() * torch.rsqrt(h.float().pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        y = normed.to(x.dtype)
+    elif rounding == "llama":
+        y = (weight + offset if offset else weight) * normed.to(x.dtype)
+    else:
+        y = (normed * (offset + weight.float())).to(x.dtype)
+    return y if residual is None else (y, h)
+
+
+def _inputs(
+    *shape: int, dtype: torch.dtype, residual: bool = False, scale: float = 1.0, strided: bool = False, **scalars: Any
+) -> Callable[[Generator], dict[str, Any]]:
+    def make(g: Generator) -> dict[str, Any]:
+        x = (torch.randn(*shape, generator=g) * scale).to(dtype)
+        if strided:  # every other row of a larger buffer
+            x = torch.stack([x, x.flip(-1)], -2)[..., 0, :]
+        kwargs: dict[str, Any] = {
+            "x": x,
+            "weight": (1 + torch.randn(shape[-1], generator=g) * 0.1).to(dtype),
+            **scalars,
+        }
+        if residual:
+            kwargs["residual"] = torch.randn(*shape, generator=g).to(dtype)
+        return kwargs
+
+    return make
+
+
+def _outliers(dtype: torch.dtype) -> Callable[[Generator], dict[str, Any]]:
+    def make(g: Generator) -> dict[str, Any]:
+        kwargs = _inputs(5, 576, dtype=dtype)(g)
+        kwargs["x"][:, ::97] *= 1000.0 if dtype != torch.float16 else 100.0
+        return kwargs
+
+    return make
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        size = dtype.itemsize
+
+        def add(name: str, *shape: int, bench: bool = False, _dtype: torch.dtype = dtype, **options: Any) -> None:
+            count = torch.Size(shape).numel()
+            passes = 4 if options.get("residual") else 2
+            make = _inputs(*shape, dtype=_dtype, **options)
+            cases.append(Case(name, _dtype, make, passes * count * _dtype.itemsize, 4 * count, bench))
+
+        add("llama-3.2-1b prefill 512x2048", 512, 2048, bench=True)
+        add("llama-3.2-1b decode 1x2048", 1, 2048, bench=True)
+        add("llama-3.2-1b prefill 512x2048 residual", 512, 2048, bench=True, residual=True)
+        add("smollm2-135m prefill 512x576", 512, 576, residual=True)
+        add("odd 3x7x131", 3, 7, 131)
+        add("one element 4x1", 4, 1)
+        add("short 2x5 residual", 2, 5, residual=True)
+        add("no rows 0x64", 0, 64)
+        add("strided 6x200", 6, 200, strided=True, residual=True)
+        add("long 2x20011", 2, 20011)
+        add("gemma 33x256", 33, 256, offset=1.0, rounding="gemma", residual=True)
+        add("tiny values, eps matters 8x64", 8, 64, scale=1e-3, eps=1e-5)
+        cases.append(Case("outliers 5x576", dtype, _outliers(dtype), 2 * 5 * 576 * size))
+    return cases
+
+
+def _no_eps(x: Tensor, weight: Tensor | None, eps: float = 0.0, **options: Any) -> Any:
+    return reference.rms_norm(x, weight, 0.0, **options)
+
+
+def _sum_not_mean(x: Tensor, weight: Tensor | None, eps: float = 1e-6, **options: Any) -> Any:
+    return reference.rms_norm(x * x.shape[-1] ** 0.5, weight, eps, **options)
+
+
+def _no_residual(x: Tensor, weight: Tensor | None, eps: float = 1e-6, *, residual: Any = None, **options: Any) -> Any:
+    y = reference.rms_norm(x, weight, eps, **options)
+    return y if residual is None else (y, x + residual)
+
+
+def _no_offset(x: Tensor, weight: Tensor | None, eps: float = 1e-6, *, offset: float = 0.0, **options: Any) -> Any:
+    return reference.rms_norm(x, weight, eps, **options)
+
+
+def _last_dropped(x: Tensor, weight: Tensor | None, eps: float = 1e-6, **options: Any) -> Any:
+    x = x.clone()
+    x[..., -1:] = 0
+    return reference.rms_norm(x, weight, eps, **options)
+
+
+CASES = OpCases(
+    op="rms_norm",
+    call=rms_norm,
+    reference=reference.rms_norm,
+    torch=torch_rms_norm,
+    rival="transformers LlamaRMSNorm",
+    cases=_cases(),
+    mutants={
+        "eps is ignored": _no_eps,
+        "sum of squares instead of mean": _sum_not_mean,
+        "residual is not added before the norm": _no_residual,
+        "weight offset is ignored": _no_offset,
+        "last column is dropped": _last_dropped,
+    },
+)

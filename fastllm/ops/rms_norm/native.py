@@ -1,0 +1,29 @@
+"""rms_norm on the CPU: allocates the outputs, calls fastllm._cpu."""
+
+from __future__ import annotations
+
+from torch import Tensor, get_num_threads
+
+from ...backends import cpu_module
+from .. import _op
+
+_cpu = cpu_module()
+
+
+def refuse(x: Tensor, weight: Tensor | None, residual: Tensor | None, *_: object) -> str | None:
+    reason = _op.refuse_unless_cpu(x, weight, residual)
+    if reason is None:
+        if x.stride(-1) != 1 or (residual is not None and residual.stride(-1) != 1):
+            return "it reads rows whose last dim has stride 1"
+        if weight is not None and weight.stride(0) != 1:
+            return "it reads a weight of stride 1"
+    return reason
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, offset: float, round_before_weight: bool
+) -> tuple[Tensor, Tensor]:
+    y = _op.empty(x.shape, dtype=x.dtype)
+    total = None if residual is None else _op.empty(x.shape, dtype=x.dtype)
+    _cpu.rms_norm(x, weight, residual, y, total, eps, offset, round_before_weight, get_num_threads())
+    return y if total is None else (y, total)
