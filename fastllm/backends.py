@@ -86,9 +86,8 @@ def _checked_backend(name: str | None, source: str) -> str | None:
     return name
 
 
-_forced: ContextVar[str | None] = ContextVar(
-    "fastllm_backend", default=_checked_backend(os.environ.get("FASTLLM_BACKEND") or None, "FASTLLM_BACKEND")
-)
+_from_environment = _checked_backend(os.environ.get("FASTLLM_BACKEND") or None, "FASTLLM_BACKEND")
+_forced: ContextVar[str | None] = ContextVar("fastllm_backend", default=_from_environment)
 
 
 def forced_backend() -> str | None:

@@ -9,9 +9,7 @@ from fastllm.backends import isa_names
 from fastllm.measure.verify import all_cases, case_inputs, forced, results, run_case
 
 SPECS = all_cases()
-EVERY = [
-    pytest.param(spec, case, id=f"{spec.op}-{case.name}-{case.dtype}") for spec in SPECS.values() for case in spec.cases
-]
+EVERY = [pytest.param(spec, case, id=f"{spec.op}-{case.name}-{case.dtype}") for spec in SPECS.values() for case in spec.cases]
 
 
 @pytest.mark.parametrize("isa", isa_names())
@@ -50,9 +48,7 @@ def test_the_rule_catches_the_mutant(spec, mutant):
 
     def wrong(**inputs):
         dtype = case.dtype
-        wide = {
-            k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()
-        }
+        wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
         return tuple(y.to(dtype) for y in results(spec.mutants[mutant](**wide)))
 
     caught = []

@@ -121,7 +121,8 @@ class Op:
 
     def explain(self, args: Sequence[Any]) -> list[tuple[str, bool, str]]:
         """(backend, serves, why) for each backend in order of preference; at most one serves."""
-        forced, rows, chosen = _forced_get(), [], False
+        forced, chosen = _forced_get(), False
+        rows: list[tuple[str, bool, str]] = []
         for backend in self.backends:
             reason = backend.refuse(*args)
             if forced is not None and backend.name != forced:
@@ -146,7 +147,7 @@ def _refusal(name: str, why: str) -> Callable[..., Any]:
     return refuse
 
 
-def refuse_unless_cpu(kernel: str, *tensors: torch.Tensor | None) -> str | None:
+def refuse_unless_cpu(*tensors: torch.Tensor | None) -> str | None:
     """Why the compiled CPU module can't serve these tensors, or None."""
     if _backends._cpu_loaded is None:
         return _backends._cpu_error

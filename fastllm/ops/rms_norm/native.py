@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, get_num_threads
 
 from ...backends import cpu_module
 from .. import _op
 
-_cpu = cpu_module()
+_cpu: Any = cpu_module()
 
 
 def refuse(x: Tensor, weight: Tensor | None, residual: Tensor | None, *_: object) -> str | None:
@@ -22,7 +24,7 @@ def refuse(x: Tensor, weight: Tensor | None, residual: Tensor | None, *_: object
 
 def rms_norm(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, offset: float, round_before_weight: bool
-) -> tuple[Tensor, Tensor]:
+) -> Any:
     y = _op.empty(x.shape, dtype=x.dtype)
     total = None if residual is None else _op.empty(x.shape, dtype=x.dtype)
     _cpu.rms_norm(x, weight, residual, y, total, eps, offset, round_before_weight, get_num_threads())
