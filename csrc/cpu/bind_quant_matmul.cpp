@@ -9,7 +9,8 @@ namespace fastllm::cpu {
 
 namespace {
 
-// 64-byte aligned memory, freed whatever happens. PyTorch would allocate for about a microsecond; this is a tenth of it.
+// 64-byte aligned memory, freed whatever happens. PyTorch would allocate for about a microsecond; this is a tenth of
+// it.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes)
@@ -49,8 +50,8 @@ void bind_quant_matmul(py::module_& m) {
         FASTLLM_CHECK(is_scale(scale) && (!minimum || is_scale(*minimum)),
                       "quant_matmul: scale and minimum must be contiguous, of one dtype, in layout x16 of (", N, ", ",
                       K, ") with groups of ", group_size);
-        FASTLLM_CHECK(x.dtype == DType::f32 || x.dtype == DType::bf16 || x.dtype == DType::f16,
-                      "quant_matmul: x is ", name(x.dtype), ", expected float32, bfloat16 or float16");
+        FASTLLM_CHECK(x.dtype == DType::f32 || x.dtype == DType::bf16 || x.dtype == DType::f16, "quant_matmul: x is ",
+                      name(x.dtype), ", expected float32, bfloat16 or float16");
         FASTLLM_CHECK(x.ndim >= 1 && x.size(-1) == K, "quant_matmul: the last dim of x must be ", K);
         FASTLLM_CHECK(x.stride(-1) == 1 || K == 1, "quant_matmul: x has stride ", x.stride(-1),
                       " in its last dim, expected 1");
