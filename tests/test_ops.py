@@ -51,8 +51,7 @@ def test_the_rule_catches_the_mutant(spec, mutant):
         wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
         return tuple(y.to(dtype) for y in results(spec.mutants[mutant](**wide)))
 
-    caught = []
-    for case in spec.cases:
+    for case in sorted(spec.cases, key=lambda case: case.bytes):  # small ones first: one that notices is enough
         if not run_case(spec, case, wrong).ok:
-            caught.append(case.name)
-    assert caught, f"no case of {spec.op} notices that {mutant}"
+            return
+    pytest.fail(f"no case of {spec.op} notices that {mutant}")

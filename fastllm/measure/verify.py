@@ -27,7 +27,8 @@ def all_cases() -> dict[str, OpCases]:
         if module.ispkg:
             with contextlib.suppress(ModuleNotFoundError):
                 cases = importlib.import_module(f"{ops.__name__}.{module.name}.cases").CASES
-                found[cases.op] = cases
+                for spec in cases if isinstance(cases, tuple) else (cases,):  # a folder may hold two ops of one kernel
+                    found[spec.op] = spec
     return found
 
 
