@@ -7,6 +7,7 @@ namespace fastllm::cpu {
 
 void bind_limits(py::module_& m);
 void bind_gated_activation(py::module_& m);
+void bind_quant_matmul(py::module_& m);
 void bind_rms_norm(py::module_& m);
 void bind_rotary(py::module_& m);
 
@@ -47,6 +48,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_exchange_api", [](bool enabled) { return Boundary::get().use_exchange_api(enabled); });
   bind_limits(m);
   bind_gated_activation(m);
+  bind_quant_matmul(m);
   bind_rms_norm(m);
   bind_rotary(m);
 }

@@ -373,7 +373,7 @@ def _render(template: str, **variables: Any) -> str:
     environment.globals["strftime_now"] = strftime_now
     try:
         return environment.from_string(template).render(**variables)
-    except Exception as error:  # noqa: BLE001 a template is a program: it fails in any way that Python can
+    except Exception as error:
         message = f"{type(error).__name__}: {error}"
         raise value_error("apply_chat", "the template's answer", _short(message), "a text") from None
 
