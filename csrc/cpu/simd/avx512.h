@@ -74,6 +74,10 @@ FASTLLM_INLINE vf round_nearest(vf a) {
 }
 // a * 2^n for integral n; subnormal and infinite results come out right.
 FASTLLM_INLINE vf scale_by_power(vf a, vf n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// The lowest nine bits of a, as the sign and exponent of a float without mantissa.
+FASTLLM_INLINE vf low_bits_to_exponent(vf a) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
+}
 
 }  // namespace
 }  // namespace fastllm::cpu::FASTLLM_ISA

@@ -23,8 +23,29 @@ FASTLLM_INLINE vf exp(vf x) {
   return scale_by_power(p, n);
 }
 
-// 1 / (1 + e^-x)
-FASTLLM_INLINE vf sigmoid(vf x) { return set1(1.0f) / (set1(1.0f) + exp(zero() - x)); }
+// 1 / (1 + e^-x) within about 2 ulp where that is a normal number, 0 below -89.
+//
+// As 0.5 / (0.5 + e^-x / 2), because half of the exponential needs no second scaling step: n = round(-x / ln 2) lands
+// in the low bits of a float near 1.5 * 2^23, from where 2^(n - 1) is one shift away; it is 0 at n = -126, infinite at
+// 129. The sign of x is folded into the constants: r = x + n ln 2 is minus exp()'s r.
+FASTLLM_INLINE vf sigmoid(vf x) {
+  // The constant stands first: min and max return their second operand where one is NaN.
+  x = max(set1(-89.4f), min(set1(87.3f), x));
+  const vf shifter = set1(12582912.0f + 126.0f);
+  const vf t = fnmadd(x, set1(1.44269504088896341f), shifter);
+  const vf n = t - shifter;
+  vf r = fmadd(n, set1(0.693359375f), x);
+  r = fmadd(n, set1(-2.12194440e-4f), r);
+  vf p = set1(1.9875691500e-4f);
+  p = fmadd(p, r, set1(-1.3981999507e-3f));
+  p = fmadd(p, r, set1(8.3334519073e-3f));
+  p = fmadd(p, r, set1(-4.1665795894e-2f));
+  p = fmadd(p, r, set1(1.6666665459e-1f));
+  p = fmadd(p, r, set1(-5.0000001201e-1f));
+  p = set1(1.0f) - fmadd(p, r * r, r);
+  const vf half = set1(0.5f);
+  return half / fmadd(p, low_bits_to_exponent(t), half);
+}
 
 // tanh(x) = 2 sigmoid(2 x) - 1; absolute error about 1e-7 (near zero the relative error grows: gelu multiplies it away)
 FASTLLM_INLINE vf tanh(vf x) { return fmadd(set1(2.0f), sigmoid(x + x), set1(-1.0f)); }

@@ -99,6 +99,8 @@ FASTLLM_INLINE vf scale_by_power(vf a, vf n) {
   return {a.v * float_from_bits(static_cast<uint32_t>(half + 127) << 23) *
           float_from_bits(static_cast<uint32_t>(whole - half + 127) << 23)};
 }
+// The lowest nine bits of a, as the sign and exponent of a float without mantissa.
+FASTLLM_INLINE vf low_bits_to_exponent(vf a) { return {float_from_bits(bits_from_float(a.v) << 23)}; }
 
 }  // namespace
 }  // namespace fastllm::cpu::FASTLLM_ISA
