@@ -44,6 +44,15 @@ PYBIND11_MODULE(_cpu, m) {
     FASTLLM_CHECK(set_thread_runtime(name.c_str()), "fastllm: thread runtime '", name,
                   "' is not available, expected 'pool', or 'openmp' where PyTorch has loaded an OpenMP runtime");
   });
+  // What a kernel would see of a tensor: (address, dtype, on_cpu, device index, shape, strides). For tests.
+  m.def("tensor_view", [](const TensorView& x) {
+    py::tuple shape(x.ndim), strides(x.ndim);
+    for (int i = 0; i < x.ndim; ++i) {
+      shape[i] = x.shape[i];
+      strides[i] = x.strides[i];
+    }
+    return py::make_tuple(reinterpret_cast<uintptr_t>(x.data), name(x.dtype), x.on_cpu, x.device_index, shape, strides);
+  });
   // True if tensors cross through DLPack's C exchange API, false if through Python attributes.
   m.def("use_exchange_api", [](bool enabled) { return Boundary::get().use_exchange_api(enabled); });
   bind_limits(m);
