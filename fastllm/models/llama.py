@@ -1,0 +1,120 @@
+"""LLaMA on a page: Llama 1/2/3, SmolLM2, TinyLlama, Mistral, Qwen2 and Qwen3 are this with other numbers.
+
+Touvron et al. 2023, https://arxiv.org/abs/2302.13971. Shapes: B sequences of T tokens, H query heads and Hk key/value heads of
+D, S keys. ``ops`` is any namespace with fastllm's ops: ``fastllm.ops`` itself, or ``fastllm.models.reference_ops``, whose
+functions are plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops as fused_ops
+from ..nn.cache import KVCache
+from ..nn.rope import RopeTables
+from ..quant import QuantizedTensor
+from .loaders import ModelConfig
+
+__all__ = ["Layer", "Llama", "Weights"]
+
+Weight = Tensor | QuantizedTensor  # (N, K)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block. Matrices that read the same input are one matrix, their rows one below the other."""
+
+    attention_norm: Tensor  # (hidden,)
+    qkv: Weight  # ((H + 2 Hk) D, hidden)
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None  # (D,): Qwen3
+    k_norm: Tensor | None
+    o: Weight  # (hidden, H D)
+    mlp_norm: Tensor  # (hidden,)
+    gate_up: Weight  # (2 intermediate, hidden)
+    down: Weight  # (hidden, intermediate)
+
+
+@dataclass(frozen=True)
+class Weights:
+    embedding: Weight  # (V, hidden)
+    layers: list[Layer]
+    norm: Tensor  # (hidden,)
+    head: Weight  # (V, hidden); the embedding itself where they are tied
+
+
+class Llama:
+    """The forward pass, over weights that someone else loaded.
+
+    Args:
+        config: shapes and constants.
+        weights: matrices in ``dtype``, or quantised.
+        rope: cos and sin for every position.
+        dtype: of activations and of the key/value cache.
+        activations: "float", or "int8": how quantised matrices see their input (``quant_matmul``).
+        ops: the ops to compute with.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        rope: RopeTables,
+        *,
+        dtype: torch.dtype = torch.float32,
+        activations: str = "float",
+        ops: Any = fused_ops,
+    ) -> None:
+        self.config, self.weights, self.rope = config, weights, rope
+        self.dtype, self.activations, self.ops = dtype, activations, ops
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        c = self.config
+        return KVCache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, self.dtype)
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """(..., K) -> (..., N). Float matrices are PyTorch's own: oneDNN and MKL are hard to beat there."""
+        if isinstance(weight, QuantizedTensor):
+            return self.ops.quant_matmul(x, weight, bias, activations=self.activations)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    def hidden_states(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """Token ids (B, T) -> hidden states (B, T, hidden) after the last norm; keys and values join the cache.
+
+        Sequences may have different lengths: token t of sequence b stands at position ``cache.lengths[b] + t``. The caller
+        advances ``cache.lengths``.
+        """
+        c, w, ops = self.config, self.weights, self.ops
+        B, T = ids.shape
+        H, Hk, D = c.num_heads, c.num_kv_heads, c.head_dim
+        positions = cache.lengths[:, None] + torch.arange(T)  # (B, T)
+        kv_lens = cache.lengths + T  # (B,)
+        S = int(kv_lens.max())
+        lens = None if B == 1 else kv_lens
+
+        x = ops.embedding(ids, w.embedding, dtype=self.dtype)  # (B, T, hidden)
+        delta = None  # what the last block has still to add to x: the next norm does it
+        for i, layer in enumerate(w.layers):
+            if delta is None:
+                h = ops.rms_norm(x, layer.attention_norm, c.rms_norm_eps)
+            else:
+                h, x = ops.rms_norm(delta, layer.attention_norm, c.rms_norm_eps, residual=x)
+            qkv = self.linear(h, layer.qkv, layer.qkv_bias).view(B, T, H + 2 * Hk, D).transpose(1, 2)
+            q, k, v = qkv[:, :H], qkv[:, H : H + Hk], qkv[:, H + Hk :]  # (B, H | Hk, T, D)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q, k = (ops.rms_norm(t, n, c.rms_norm_eps) for t, n in ((q, layer.q_norm), (k, layer.k_norm)))
+            keys, values = cache.keys[i], cache.values[i]
+            q = ops.apply_rotary_cache(q, k, v, self.rope.cos, self.rope.sin, keys, values, positions)
+            o = ops.attention(q, keys[:, :, :S], values[:, :, :S], causal=True, window=c.sliding_window, kv_lens=lens)
+            delta = self.linear(o.transpose(1, 2).reshape(B, T, H * D), layer.o)
+            h, x = ops.rms_norm(delta, layer.mlp_norm, c.rms_norm_eps, residual=x)
+            delta = self.linear(ops.gated_activation(self.linear(h, layer.gate_up)), layer.down)
+        return ops.rms_norm(delta, w.norm, c.rms_norm_eps, residual=x)[0]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., hidden) -> logits (..., V)."""
+        return self.linear(hidden, self.weights.head)

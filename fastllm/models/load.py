@@ -1,0 +1,140 @@
+"""``fastllm.load``: a checkpoint on disk becomes a model, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+
+import torch
+from torch import Tensor
+
+from ..errors import dtype_error, value_error
+from ..nn.rope import rope_tables
+from ..quant import QuantizedTensor, cat_rows, quantize
+from .llama import Layer, Llama, Weight, Weights
+from .loaders import Checkpoint, ModelConfig, read_checkpoint
+from .model import LanguageModel
+
+__all__ = ["load"]
+
+DEFAULT_CONTEXT = 8192  # a larger one costs memory (tables and cache) that most callers do not want
+
+
+def load(
+    path: str | PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    weights: str | None = None,
+    group_size: int = 64,
+    activations: str = "float",
+    context: int | None = None,
+) -> LanguageModel:
+    """Load a LLaMA-family checkpoint: Llama 1/2/3, SmolLM2, TinyLlama, Mistral, Qwen2, Qwen3.
+
+    Args:
+        path: a GGUF file (F32, F16, BF16, Q4_0, Q4_1, Q8_0; stored integers are used as they are), or a Hugging Face directory
+            (config.json, safetensors, tokenizer.json).
+        dtype: of activations, cache and float weights: fp32|bf16|fp16; default: fp32 for a GGUF file or quantised weights, else
+            the stored dtype.
+        weights: None keeps what is stored; "int8" or "int4" quantises float matrices (not the embedding and head).
+        group_size: of that quantisation: 32, 64, 128, or -1 for whole rows.
+        activations: "float", or "int8": quantised matrices then see their input rounded to int8, which is faster.
+        context: most tokens in a sequence; default: the model's own, at most 8192.
+
+    Raises:
+        FileNotFoundError, ValueError: a file that is missing, truncated, corrupt, or does not fit its config.
+        NotImplementedError: an architecture or a format that is not served, by name.
+    """
+    if activations not in ("float", "int8"):
+        raise value_error("load", "activations", activations, "'float' or 'int8'")
+    if weights not in (None, "int8", "int4"):
+        raise value_error("load", "weights", weights, "None, 'int8' or 'int4'")
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise dtype_error("load", "dtype", dtype, "torch.float32, torch.bfloat16 or torch.float16")
+    checkpoint = read_checkpoint(path)
+    config = checkpoint.config
+    if context is None:
+        context = min(config.max_positions, DEFAULT_CONTEXT)
+    elif not 1 <= context <= config.max_positions:
+        raise value_error("load", "context", context, f"from 1 to {config.max_positions}, the model's own")
+    for what in ("o_bias", "mlp_bias"):
+        if getattr(config, what):
+            raise NotImplementedError(f"load: the checkpoint has {what}, expected none (of the biases, only qkv_bias is served)")
+    bits = {None: None, "int8": 8, "int4": 4}[weights]
+    builder = _Builder(checkpoint.tensors, config, dtype, bits, group_size)
+    model_weights = builder.weights()
+    tables = rope_tables(
+        head_dim=config.head_dim,
+        rope_theta=config.rope_theta,
+        rotary_dim=config.rotary_dim,
+        rope_scaling=config.rope_scaling,
+        max_positions=context,
+    )
+    llama = Llama(config, model_weights, tables, dtype=builder.dtype, activations=activations)
+    return LanguageModel(llama, _tokenizer(checkpoint), context)
+
+
+def _tokenizer(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]
+    try:
+        return checkpoint.tokenizer()
+    except FileNotFoundError:  # ids in, ids out; text is refused when it is asked for
+        return None
+
+
+class _Builder:
+    """Joins, converts and packs a checkpoint's tensors."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor | QuantizedTensor],
+        config: ModelConfig,
+        dtype: torch.dtype | None,
+        bits: int | None,
+        group_size: int,
+    ) -> None:
+        self.tensors, self.config, self.bits, self.group_size = tensors, config, bits, group_size
+        if dtype is None:
+            stored = tensors["model.layers.0.self_attn.o_proj.weight"]
+            quantised = isinstance(stored, QuantizedTensor) or bits is not None
+            dtype = torch.float32 if quantised or isinstance(stored, QuantizedTensor) else stored.dtype
+        self.dtype = dtype
+
+    def weights(self) -> Weights:
+        embedding = self.matrix("model.embed_tokens", quantise=False)
+        return Weights(
+            embedding=embedding,
+            layers=[self.layer(f"model.layers.{i}.") for i in range(self.config.num_layers)],
+            norm=self.vector("model.norm.weight"),
+            head=embedding if self.config.tie_embeddings else self.matrix("lm_head", quantise=False),
+        )
+
+    def layer(self, at: str) -> Layer:
+        qkv = [f"{at}self_attn.{name}_proj" for name in "qkv"]
+        return Layer(
+            attention_norm=self.vector(at + "input_layernorm.weight"),
+            qkv=self.matrix(*qkv),
+            qkv_bias=torch.cat([self.vector(n + ".bias") for n in qkv]) if self.config.qkv_bias else None,
+            q_norm=self.vector(at + "self_attn.q_norm.weight") if self.config.qk_norm else None,
+            k_norm=self.vector(at + "self_attn.k_norm.weight") if self.config.qk_norm else None,
+            o=self.matrix(at + "self_attn.o_proj"),
+            mlp_norm=self.vector(at + "post_attention_layernorm.weight"),
+            gate_up=self.matrix(at + "mlp.gate_proj", at + "mlp.up_proj"),
+            down=self.matrix(at + "mlp.down_proj"),
+        )
+
+    def vector(self, name: str) -> Tensor:
+        value = self.tensors[name]
+        if isinstance(value, QuantizedTensor):
+            raise ValueError(f"load: {name} is quantised, expected a float vector")
+        return value.to(self.dtype)
+
+    def matrix(self, *names: str, quantise: bool = True) -> Weight:
+        """The matrices' rows one below the other, packed if quantised."""
+        parts = [self.tensors[name + ".weight"] for name in names]
+        if self.bits is not None and quantise:
+            parts = [p if isinstance(p, QuantizedTensor) else quantize(p, self.bits, self.group_size) for p in parts]
+        quantised = [p for p in parts if isinstance(p, QuantizedTensor)]
+        if len(quantised) == len(parts):
+            return (cat_rows(quantised) if len(parts) > 1 else quantised[0]).pack()
+        floats = [p.dequantize(self.dtype) if isinstance(p, QuantizedTensor) else p.to(self.dtype) for p in parts]
+        return torch.cat(floats) if len(floats) > 1 else floats[0].contiguous()

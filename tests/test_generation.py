@@ -1,0 +1,149 @@
+"""Sampling and the generate loop, against a model small enough to know by heart."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fastllm.generation.loop import PREFILL_CHUNK, generate_ids
+from fastllm.generation.sampling import Sampling
+
+VOCAB = 32
+
+
+class Counting:
+    """Says after each token the next number; its cache remembers what it was shown, and where."""
+
+    class Cache:
+        def __init__(self, batch, capacity):
+            self.lengths = torch.zeros(batch, dtype=torch.int64)
+            self.seen = [[None] * capacity for _ in range(batch)]
+
+    def new_cache(self, batch, capacity):
+        self.cache = self.Cache(batch, capacity)
+        return self.cache
+
+    def hidden_states(self, ids, cache):
+        for b in range(len(ids)):
+            for t, token in enumerate(ids[b].tolist()):
+                slot = int(cache.lengths[b]) + t
+                if slot < len(cache.seen[b]):
+                    cache.seen[b][slot] = token
+        return torch.nn.functional.one_hot((ids + 1) % VOCAB, VOCAB).float()
+
+    def head(self, hidden):
+        return hidden * 10
+
+
+def run(prompts, context=1000, stop_ids=(), max_new_tokens=5, sampling=None):
+    model = Counting()
+    steps = generate_ids(
+        model, prompts, sampling or Sampling(), max_new_tokens=max_new_tokens, context=context, stop_ids=stop_ids
+    )
+    return list(steps), model
+
+
+def test_greedy_counts_on_for_each_sequence_of_a_ragged_batch():
+    steps, model = run([[1, 2, 3], [9]])
+    assert steps == [[4, 10], [5, 11], [6, 12], [7, 13], [8, 14]]
+    assert model.cache.seen[1][:5] == [9, 10, 11, 12, 13]
+    assert model.cache.seen[0][:7] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_stop_token_ends_its_sequence_only():
+    steps, _ = run([[1], [9]], stop_ids=[3])
+    assert steps == [[2, 10], [None, 11], [None, 12], [None, 13], [None, 14]]
+
+
+def test_the_context_ends_a_sequence():
+    steps, _ = run([[1, 2, 3], [9]], context=5, max_new_tokens=50)
+    assert [s[0] for s in steps] == [4, 5, None, None]
+    assert [s[1] for s in steps] == [10, 11, 12, 13]
+
+
+@pytest.mark.parametrize("length", [PREFILL_CHUNK - 1, PREFILL_CHUNK, PREFILL_CHUNK + 1, 2 * PREFILL_CHUNK + 3])
+def test_prefill_in_chunks_sees_every_token_once_and_in_order(length):
+    prompt = [i % VOCAB for i in range(length)]
+    steps, model = run([prompt, prompt[:7]], context=5000, max_new_tokens=1)
+    assert steps == [[(prompt[-1] + 1) % VOCAB, 7]]
+    assert model.cache.seen[0][:length] == prompt
+
+
+def test_no_tokens_asked_for_gives_none():
+    assert run([[1]], max_new_tokens=0)[0] == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "at least one prompt"),
+        ([[]], {}, "has 0 tokens, expected 1 to 1000"),
+        ([[1] * 11], {"context": 10}, "has 11 tokens, expected 1 to 10 tokens"),
+        ([[1]], {"max_new_tokens": -1}, "max_new_tokens is -1, expected at least 0"),
+    ],
+)
+def test_bad_calls_are_refused_before_anything_runs(prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate_ids(Counting(), prompts, Sampling(), **({"max_new_tokens": 5, "context": 1000} | options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"repetition_penalty": 0.0},
+    ],
+)
+def test_sampling_values_out_of_range(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Sampling(**options)
+
+
+LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0]).log_softmax(-1)
+P = LOGITS.exp()
+
+
+def kept(**options):
+    return Sampling(temperature=1.0, **options).probabilities(LOGITS)
+
+
+def test_filters_keep_the_tokens_that_they_should():
+    assert torch.allclose(kept(), P)
+    assert torch.equal(kept(top_k=2) > 0, torch.tensor([True, True, False, False]))
+    # 0.644 alone does not reach 0.7; with 0.237 it does.
+    assert torch.equal(kept(top_p=0.7) > 0, torch.tensor([True, True, False, False]))
+    assert torch.equal(kept(top_p=0.1) > 0, torch.tensor([True, False, False, False]))
+    assert torch.equal(kept(min_p=0.2) > 0, torch.tensor([True, True, False, False]))
+    for p in (kept(top_k=3), kept(top_p=0.9), kept(min_p=0.05)):
+        assert math.isclose(float(p.sum()), 1.0, rel_tol=1e-6)
+
+
+def test_temperature_sharpens_and_penalty_discourages():
+    cold = Sampling(temperature=0.5).probabilities(LOGITS)
+    assert torch.allclose(cold, (LOGITS * 2).softmax(-1))
+    logits = torch.tensor([1.0, 0.9, -1.0])
+    greedy = Sampling(repetition_penalty=2.0)
+    assert greedy.draw(logits, [0], torch.Generator()) == 1
+    assert torch.allclose(
+        Sampling(temperature=1.0, repetition_penalty=2.0).probabilities(logits, [0, 2]),
+        torch.tensor([0.5, 0.9, -2.0]).softmax(-1),
+    )
+
+
+def test_draws_follow_the_distribution_and_the_seed():
+    sampling = Sampling(temperature=1.0, seed=7)
+    generator = sampling.generator()
+    counts = torch.bincount(torch.tensor([sampling.draw(LOGITS, [], generator) for _ in range(4000)]), minlength=4)
+    # Pearson's chi-squared with 3 degrees of freedom exceeds 16.3 once in a thousand seeds; this seed is fixed.
+    assert float(((counts - 4000 * P) ** 2 / (4000 * P)).sum()) < 16.3
+    again = sampling.generator()
+    generator = sampling.generator()
+    assert [sampling.draw(LOGITS, [], again) for _ in range(20)] == [sampling.draw(LOGITS, [], generator) for _ in range(20)]
