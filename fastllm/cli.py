@@ -201,7 +201,9 @@ def _bench(args: argparse.Namespace) -> int:
     if not rows:
         raise value_error("bench", "--backend", ", ".join(backends or ()), "a backend of the ops chosen")
     for title, cells in tables(rows).items():
-        print(f"{title}\n\n{markdown(COLUMNS, cells, left=3)}\n") if args.markdown else print_table(title, COLUMNS, cells, left=3)
+        print(f"{title}\n\n{markdown(COLUMNS, cells, left=3)}\n") if args.markdown else print_table(
+            title, COLUMNS, cells, left=3
+        )
     for (op, note), count in Counter((row.op, row.note) for row in rows if row.note).items():
         print(f"{op}, {count} row{'s' if count > 1 else ''}: {note}")
     first = rows[0]

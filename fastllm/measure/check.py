@@ -73,7 +73,9 @@ def _not_finite(y: Tensor, r: Tensor, p: Tensor) -> str:
     differ = (y.isfinite() != r.isfinite()) & (y.isfinite() != p.isfinite())
     differ |= y.isnan() & ~r.isnan() & ~p.isnan()
     if bool(differ.any()):
-        return f"{int(differ.sum())} elements are not finite where they should be, or the reverse; one at {_worst(differ.int())}"
+        return (
+            f"{int(differ.sum())} elements are not finite where they should be, or the reverse; one at {_worst(differ.int())}"
+        )
     if bool((y.sign() != r.sign())[r.isinf() & y.isinf()].any()):
         return "an infinity has the wrong sign"
     return ""
