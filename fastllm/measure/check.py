@@ -40,7 +40,8 @@ class Verdict:
     @classmethod
     def failed(cls, why: str) -> Verdict:
         """There is nothing to measure: a wrong shape, a NaN, an exception."""
-        return cls(False, *[float("nan")] * 6, why)
+        nothing = float("nan")
+        return cls(False, nothing, nothing, nothing, nothing, nothing, nothing, why)
 
 
 def _share(error: float, bound: float) -> float:
