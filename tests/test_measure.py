@@ -207,6 +207,7 @@ def test_bf16_arithmetic_is_fp32s_where_there_is_no_instruction():
 def test_measured_limits_stand_in_sane_ratios(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(limits, "_measured", {})
+    monkeypatch.setattr(limits, "_large", lambda: 2 * limits.caches().l3)
     best = limits.limits(threads=1, fresh=True, seconds=0.3)
     for what in ("read", "copy"):
         assert getattr(best, f"{what}_l2") > 0.5 * getattr(best, f"{what}_memory") > 0
@@ -215,7 +216,6 @@ def test_measured_limits_stand_in_sane_ratios(monkeypatch, tmp_path):
         scalar = limits.limits("scalar", 1, fresh=True, seconds=0.3)
         assert best.fp32 > 2 * scalar.fp32 > 0
         assert best.int8 > 2 * scalar.int8 > 0
-        assert best.int8 > best.fp32
     # Kept for the process, and for the next one.
     assert limits.limits(threads=1) is best
     limits._measured.clear()
@@ -277,6 +277,15 @@ def test_a_missing_or_failing_compiler_is_a_reason_in_the_row(monkeypatch):
     )
     monkeypatch.setattr(bench.shutil, "which", lambda name: None)
     assert bench._compiled(spec, {}) == (None, "torch.compile: no C++ compiler is installed")
+
+
+def test_cold_arguments_fill_the_cache_twice(monkeypatch):
+    monkeypatch.setattr(bench, "caches", lambda: limits.Caches(1 << 10, 1 << 20))
+    inputs = {"x": torch.ones(1 << 16), "n": 3}
+    sets = bench._cold(inputs, 1 << 18)
+    assert len({one["x"].data_ptr() for one in sets}) == len(sets) == 8
+    assert all(one["n"] == 3 and one["x"].equal(inputs["x"]) for one in sets)
+    assert bench._cold(inputs, 64) == []  # 32768 copies of 256 KiB
 
 
 # ---------------------------------------------------------------- tables and files
