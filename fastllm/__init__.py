@@ -1,13 +1,14 @@
 """fastllm: custom fused kernels for LLaMA-family models in PyTorch."""
 
 from .backends import info, use_backend
-from .ops import apply_rotary, apply_rotary_cache, gated_activation, quant_matmul, rms_norm
+from .ops import apply_rotary, apply_rotary_cache, embedding, gated_activation, quant_matmul, rms_norm
 from .ops._explain import explain
 from .quant import quantize
 
 __all__ = [
     "apply_rotary",
     "apply_rotary_cache",
+    "embedding",
     "explain",
     "gated_activation",
     "info",
