@@ -13,7 +13,7 @@ from fastllm import backends
 from fastllm.measure import bench, limits, timing
 from fastllm.measure.check import check
 from fastllm.measure.poison import poisoned
-from fastllm.measure.report import markdown, number, write_json
+from fastllm.measure.report import markdown, number, print_table, write_json
 from fastllm.measure.verify import all_cases, case_inputs, checked_isas, expected, run_case, select_cases, too_slow
 from fastllm.ops import _op
 
@@ -296,6 +296,20 @@ def test_numbers_read_well():
     assert [number(value) for value in shown] == (
         ["1.23e-04", "0.500", "12.3", "1234", "0", "-", "inf", "-", "True", "7", "words", "1.50e-09", "2.00e+12"]
     )
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_tables_are_never_cut_off(terminal, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("rich.console.Console.is_terminal", terminal)
+    rows = [("a name that is long " * 3, 12.34, "words " * 9), ("b", 1234567.0, "x" * 30)]
+    print_table("Title", ("name", "microseconds a call", "why"), rows, fold=(2,))
+    lines = capsys.readouterr().out.splitlines()
+    assert any("a name that is long a name that is long a name that is long" in line and "12.3" in line for line in lines)
+    assert sum(line.count("words") for line in lines) == 9
+    assert sum(line.count("x") for line in lines) == 30
+    assert any("microseconds a call" in line for line in lines)
+    assert (len(lines) == 7) is not terminal  # folded on the narrow terminal only
 
 
 def test_markdown_escapes_its_own_bars():
