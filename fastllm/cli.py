@@ -123,16 +123,18 @@ def _verify(args: argparse.Namespace) -> int:
     groups: dict[tuple[str, ...], list[Result]] = {}
     for result in found:
         groups.setdefault((result.op, result.backend, result.isa, result.dtype), []).append(result)
-    columns = ("op", "backend", "isa", "dtype", "cases", "within", "left out", "error", "torch's", "of bound", "nearest case")
     rows = []
-    for key, group in groups.items():
+    for (op, backend, isa, dtype), group in groups.items():
         ran = [r for r in group if r.ok is not None]
+        within = f"{sum(r.ok is True for r in ran)} of {len(ran)}"
         # NaN, where there was nothing to measure, is the worst of all.
         worst = max(ran, key=lambda r: (r.share != r.share, r.share), default=None)
         shown = (worst.error, worst.torch_error, f"{100 * worst.share:.0f}%", worst.case) if worst else (None,) * 4
-        rows.append((*key, len(group), sum(r.ok is True for r in group), len(group) - len(ran), *shown))
+        rows.append((op, f"{backend} {isa}", dtype, within, *shown))
     if rows:
-        print_table("Worst errors against float64, and PyTorch's own on the same inputs", columns, rows, left=4)
+        title = "Against float64: the case nearest to its bound, our largest error and PyTorch's on the same inputs"
+        columns = ("op", "on", "dtype", "within", "error", "torch's", "of bound", "nearest case")
+        print_table(title, columns, rows, left=3, fold=(7,))
     failed, passed = [r for r in found if r.ok is False], sum(r.ok is True for r in found)
     for result in failed:
         print(f"FAILED {result.op}, {result.dtype}, {result.backend} {result.isa}: {result.case}: {result.why}")
@@ -151,6 +153,7 @@ def _verify(args: argparse.Namespace) -> int:
             ("op", "mutant", "caught by", "dtype", "because"),
             [(m.op, m.mutant, m.case or "NOTHING", m.dtype, m.why) for m in wrong],
             left=5,
+            fold=(1, 2, 4),
         )
     escaped = [m for m in wrong if not m.case]
     if args.json:
@@ -284,7 +287,7 @@ def _info(args: argparse.Namespace) -> int:
             shown = ", ".join(map(str, value)) if isinstance(value, list) else value
             rows.append((name, "none" if shown in (None, "") else str(shown)))
     rows.append(("cpu rungs", ", ".join(isa_names()) or "none"))
-    print_table("fastllm on this machine", ("what", "here"), rows, left=2)
+    print_table("fastllm on this machine", ("what", "here"), rows, left=2, fold=(1,))
     return 0
 
 

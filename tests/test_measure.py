@@ -13,7 +13,7 @@ from fastllm import backends
 from fastllm.measure import bench, limits, timing
 from fastllm.measure.check import check
 from fastllm.measure.poison import poisoned
-from fastllm.measure.report import markdown, number, write_json
+from fastllm.measure.report import markdown, number, print_table, write_json
 from fastllm.measure.verify import all_cases, case_inputs, checked_isas, expected, run_case, select_cases, too_slow
 from fastllm.ops import _op
 
@@ -207,6 +207,7 @@ def test_bf16_arithmetic_is_fp32s_where_there_is_no_instruction():
 def test_measured_limits_stand_in_sane_ratios(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(limits, "_measured", {})
+    monkeypatch.setattr(limits, "_large", lambda: 2 * limits.caches().l3)
     best = limits.limits(threads=1, fresh=True, seconds=0.3)
     for what in ("read", "copy"):
         assert getattr(best, f"{what}_l2") > 0.5 * getattr(best, f"{what}_memory") > 0
@@ -215,7 +216,6 @@ def test_measured_limits_stand_in_sane_ratios(monkeypatch, tmp_path):
         scalar = limits.limits("scalar", 1, fresh=True, seconds=0.3)
         assert best.fp32 > 2 * scalar.fp32 > 0
         assert best.int8 > 2 * scalar.int8 > 0
-        assert best.int8 > best.fp32
     # Kept for the process, and for the next one.
     assert limits.limits(threads=1) is best
     limits._measured.clear()
@@ -279,6 +279,15 @@ def test_a_missing_or_failing_compiler_is_a_reason_in_the_row(monkeypatch):
     assert bench._compiled(spec, {}) == (None, "torch.compile: no C++ compiler is installed")
 
 
+def test_cold_arguments_fill_the_cache_twice(monkeypatch):
+    monkeypatch.setattr(bench, "caches", lambda: limits.Caches(1 << 10, 1 << 20))
+    inputs = {"x": torch.ones(1 << 16), "n": 3}
+    sets = bench._cold(inputs, 1 << 18)
+    assert len({one["x"].data_ptr() for one in sets}) == len(sets) == 8
+    assert all(one["n"] == 3 and one["x"].equal(inputs["x"]) for one in sets)
+    assert bench._cold(inputs, 64) == []  # 32768 copies of 256 KiB
+
+
 # ---------------------------------------------------------------- tables and files
 
 
@@ -287,6 +296,20 @@ def test_numbers_read_well():
     assert [number(value) for value in shown] == (
         ["1.23e-04", "0.500", "12.3", "1234", "0", "-", "inf", "-", "True", "7", "words", "1.50e-09", "2.00e+12"]
     )
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_tables_are_never_cut_off(terminal, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("rich.console.Console.is_terminal", terminal)
+    rows = [("a name that is long " * 3, 12.34, "words " * 9), ("b", 1234567.0, "x" * 30)]
+    print_table("Title", ("name", "microseconds a call", "why"), rows, fold=(2,))
+    lines = capsys.readouterr().out.splitlines()
+    assert any("a name that is long a name that is long a name that is long" in line and "12.3" in line for line in lines)
+    assert sum(line.count("words") for line in lines) == 9
+    assert sum(line.count("x") for line in lines) == 30
+    assert any("microseconds a call" in line for line in lines)
+    assert (len(lines) == 7) is not terminal  # folded on the narrow terminal only
 
 
 def test_markdown_escapes_its_own_bars():

@@ -43,7 +43,7 @@ from .verify import (
 __all__ = ["COLUMNS", "RIVALS", "Row", "bench_case", "checked_rivals", "commit", "sorted_rows", "tables"]
 
 RIVALS = ("torch", "compile")
-MAX_SETS = 20_000  # of arguments, for a cold row: smaller calls than this makes room for cost nothing but their overhead
+MAX_SETS, MAX_SET_BYTES = 20_000, 1 << 30  # of arguments, for a cold row
 _MEASURED = (
     *("median_us", "p20_us", "p80_us", "host_us", "rate", "limit", "pct_of_limit"),
     *("torch_us", "compile_us", "vs_torch", "vs_best"),
@@ -191,7 +191,10 @@ def _rows(spec: OpCases, case: Case, backend: str, isa: str, rivals: Sequence[st
         host = _host_us(spec, case, device)
         rows = []
         for is_cold in (False, True) if cold else (False,):
-            sets = _argument_sets(inputs, case.bytes) if is_cold else [inputs]
+            sets = _cold(inputs, case.bytes) if is_cold else [inputs]
+            if not sets:
+                rows.append(replace(blank, cache="cold", note="cold: more copies of the arguments than memory should hold"))
+                continue
             times = in_turns(calls, sets, cold=is_cold, seconds=seconds)
             cache = "cold" if is_cold else "warm"
             row = replace(blank, cache=cache, note=note, **_speeds(times), host_us=min(host, times["ours"].median * 1e6))
@@ -230,10 +233,17 @@ def _host_us(spec: OpCases, case: Case, device: str) -> float:
         return math.nan
 
 
-def _argument_sets(inputs: dict[str, Any], size: int) -> list[dict[str, Any]]:
-    """Copies of the arguments, as many as fill the last-level cache twice, so that each is gone when its turn comes again."""
-    count = max(2, math.ceil(2 * caches().l3 / max(size, 1)))
-    return [inputs, *(_deep(inputs) for _ in range(min(count, MAX_SETS) - 1))]
+def _cold(inputs: dict[str, Any], touched: int) -> list[dict[str, Any]]:
+    """Copies of the arguments that fill the last-level cache twice, so that each has left it when its turn comes again.
+
+    None at all where a call touches so little of what it holds (one token's place in a cache) that they would need too much
+    memory. (Pushing everything out of the caches before a call instead would make Python cold too, and time that.)
+    """
+    count = max(2, math.ceil(2 * caches().l3 / max(touched, 1)))
+    held = sum(v.nbytes for v in inputs.values() if hasattr(v, "nbytes"))
+    if count > MAX_SETS or count * held > MAX_SET_BYTES:
+        return []
+    return [inputs, *(_deep(inputs) for _ in range(count - 1))]
 
 
 def _deep(inputs: dict[str, Any]) -> dict[str, Any]:

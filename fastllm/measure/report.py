@@ -53,20 +53,33 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{value:.{max(digits - 1 - size, 0)}f}"
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> None:
-    """A table on the terminal: the first ``left`` columns are words, the others numbers. Nothing is cut off in a pipe."""
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1, fold: Sequence[int] = ()
+) -> None:
+    """A table on standard output: the first ``left`` columns are words, the others numbers.
+
+    On a narrow terminal the columns in ``fold`` are folded and no other; in a pipe, which has no width, nothing is.
+    """
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     cells = [[number(cell) for cell in row] for row in rows]
     console = Console(highlight=False)
-    if not console.is_terminal:  # a log or a pipe has no width of its own
-        widths = [max(map(len, column)) for column in zip(columns, *cells)]
-        console.width = max(sum(widths) + 3 * len(widths) + 1, len(title), 80)
-    table = Table(title=Text(title), title_justify="left")
+    widths = [max(map(len, column)) for column in zip(columns, *cells)]
+    folded = [min(width, 16) if i in fold else width for i, width in enumerate(widths)]
+    needed = sum(folded if console.is_terminal else widths) + 2 * len(widths) + 2
+    console.width = max(needed, console.width if console.is_terminal else len(title))
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < left else "right", overflow="fold")
+        table.add_column(
+            column,
+            justify="left" if i < left or i in fold else "right",
+            overflow="fold",
+            no_wrap=i not in fold,
+            min_width=folded[i],
+        )
     for row in cells:
         table.add_row(*map(Text, row))
     console.print(table)

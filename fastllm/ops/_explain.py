@@ -120,7 +120,10 @@ def explain(op: str, /, *args: Any, **kwargs: Any) -> Explanation:
     choices = []
     for registered, prepared in reached:
         for backend, serves, why in registered.explain(prepared):
-            where = f" (rung {rung_of(registered.name)}, {torch.get_num_threads()} threads)" if backend == "cpu" else ""
+            threads = torch.get_num_threads()
+            where = (
+                f" (rung {rung_of(registered.name)}, {threads} thread{'s' if threads > 1 else ''})" if backend == "cpu" else ""
+            )
             choices.append(Choice(registered.name, backend, serves, why + where if serves else why))
     text = ", ".join([*map(_shown, args), *(f"{name}={_shown(value)}" for name, value in kwargs.items())])
     found = Explanation(f"{op}({text})", tuple(dict.fromkeys(choices)))
@@ -129,8 +132,9 @@ def explain(op: str, /, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        shape = "x".join(map(str, value.shape)) or "scalar"
-        return f"{str(value.dtype).removeprefix('torch.')}[{shape}]" + ("" if value.is_cpu else f" on {value.device}")
+    if hasattr(value, "shape"):  # a tensor, or a quantised one
+        kind = str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else type(value).__name__
+        device = getattr(value, "device", torch.device("cpu"))
+        return f"{kind}[{'x'.join(map(str, value.shape))}]" + ("" if device.type == "cpu" else f" on {device}")
     text = repr(value)
     return text if len(text) <= 60 else f"{type(value).__name__}(...)"
