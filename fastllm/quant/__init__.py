@@ -1,0 +1,17 @@
+"""Quantised weights: the tensor, the rounding, and importers of stored formats."""
+
+from fastllm.quant.formats import from_awq, from_gptq, from_hqq, from_q4_0, from_q4_1, from_q8_0
+from fastllm.quant.rounding import quantize
+from fastllm.quant.tensor import QuantizedTensor, cat_rows
+
+__all__ = [
+    "QuantizedTensor",
+    "cat_rows",
+    "from_awq",
+    "from_gptq",
+    "from_hqq",
+    "from_q4_0",
+    "from_q4_1",
+    "from_q8_0",
+    "quantize",
+]
