@@ -2,5 +2,6 @@
 
 from .backends import info, use_backend
 from .ops import rms_norm
+from .ops._explain import explain
 
-__all__ = ["info", "rms_norm", "use_backend"]
+__all__ = ["explain", "info", "rms_norm", "use_backend"]

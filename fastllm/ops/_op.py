@@ -84,6 +84,7 @@ class Op:
         self.name = name
         self.backends = tuple(backends)
         self.prepare = prepare
+        self.fake = fake
         _library.define(name + schema)
         _library.impl(name, self._serve, "CompositeExplicitAutograd")
         qualified = f"fastllm::{name}"
