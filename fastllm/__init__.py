@@ -1,7 +1,17 @@
 """fastllm: custom fused kernels for LLaMA-family models in PyTorch."""
 
 from .backends import info, use_backend
-from .ops import rms_norm
+from .ops import apply_rotary, apply_rotary_cache, gated_activation, rms_norm
 from .ops._explain import explain
+from .quant import quantize
 
-__all__ = ["explain", "info", "rms_norm", "use_backend"]
+__all__ = [
+    "apply_rotary",
+    "apply_rotary_cache",
+    "explain",
+    "gated_activation",
+    "info",
+    "quantize",
+    "rms_norm",
+    "use_backend",
+]

@@ -6,7 +6,9 @@
 namespace fastllm::cpu {
 
 void bind_limits(py::module_& m);
+void bind_gated_activation(py::module_& m);
 void bind_rms_norm(py::module_& m);
+void bind_rotary(py::module_& m);
 
 namespace {
 
@@ -44,7 +46,9 @@ PYBIND11_MODULE(_cpu, m) {
   // True if tensors cross through DLPack's C exchange API, false if through Python attributes.
   m.def("use_exchange_api", [](bool enabled) { return Boundary::get().use_exchange_api(enabled); });
   bind_limits(m);
+  bind_gated_activation(m);
   bind_rms_norm(m);
+  bind_rotary(m);
 }
 
 }  // namespace fastllm::cpu

@@ -1,5 +1,7 @@
 """The ops: one folder each, the same files in each. ``CONTRIBUTING.md`` tells how to add one."""
 
+from .gated_activation import gated_activation
 from .rms_norm import rms_norm
+from .rotary import apply_rotary, apply_rotary_cache
 
-__all__ = ["rms_norm"]
+__all__ = ["apply_rotary", "apply_rotary_cache", "gated_activation", "rms_norm"]

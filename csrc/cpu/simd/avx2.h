@@ -69,6 +69,9 @@ FASTLLM_INLINE vf operator*(vf a, vf b) { return {_mm256_mul_ps(a.v, b.v)}; }
 FASTLLM_INLINE vf operator/(vf a, vf b) { return {_mm256_div_ps(a.v, b.v)}; }
 FASTLLM_INLINE vf fmadd(vf a, vf b, vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 FASTLLM_INLINE vf fnmadd(vf a, vf b, vf c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+// a * b - c in even lanes, a * b + c in odd ones; (1, 0, 3, 2, ...): a product of complex numbers, with lanes in pairs.
+FASTLLM_INLINE vf fmaddsub(vf a, vf b, vf c) { return {_mm256_fmaddsub_ps(a.v, b.v, c.v)}; }
+FASTLLM_INLINE vf swap_pairs(vf a) { return {_mm256_permute_ps(a.v, 0xb1)}; }
 FASTLLM_INLINE vf max(vf a, vf b) { return {_mm256_max_ps(a.v, b.v)}; }
 FASTLLM_INLINE vf min(vf a, vf b) { return {_mm256_min_ps(a.v, b.v)}; }
 
