@@ -1,7 +1,7 @@
 """fastllm: custom fused kernels for LLaMA-family models in PyTorch."""
 
 from .backends import info, use_backend
-from .ops import apply_rotary, apply_rotary_cache, gated_activation, rms_norm
+from .ops import apply_rotary, apply_rotary_cache, gated_activation, quant_matmul, rms_norm
 from .ops._explain import explain
 from .quant import quantize
 
@@ -11,6 +11,7 @@ __all__ = [
     "explain",
     "gated_activation",
     "info",
+    "quant_matmul",
     "quantize",
     "rms_norm",
     "use_backend",

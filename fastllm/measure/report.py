@@ -40,10 +40,10 @@ def _finite(value: Any) -> Any:
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """Three significant digits, no exponent where it can be helped; "-" for nothing."""
+    """A float with three significant digits, no exponent where it can be helped; "-" for nothing; else what it is."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not isinstance(value, float):
         return str(value)
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"

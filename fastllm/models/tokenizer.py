@@ -38,7 +38,6 @@ PRE_TOKENIZERS = {
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 MAX_PIECE = 1024  # characters of a sentencepiece piece: finding its merges takes a step for each place to cut it
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no UTF-8, or none yet
-MAX_PENDING = 3  # bytes of a character whose last byte is missing, so at most as many replacement characters
 
 
 class Tokenizer:
@@ -120,7 +119,7 @@ class Tokenizer:
 class StreamDecoder:
     """Detokenise one id at a time; a character is emitted when all of its bytes are there.
 
-    The pieces joined equal ``decode`` of all ids.
+    The pieces joined equal ``decode`` of all ids, for ids of any text, and for any ids at all of a byte-level tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
@@ -138,11 +137,11 @@ class StreamDecoder:
             return ""
         text = self._tokenizer.decode([*self._ids, id], self._skip)
         self._ids.append(id)
-        pending = len(text) - len(text.rstrip(REPLACEMENT))
-        whole = len(text) - min(pending, MAX_PENDING)
+        # All of them are held back: byte fallback judges a run of bytes as one, so each can still turn into a letter.
+        whole = len(text.rstrip(REPLACEMENT))
         piece = text[self._emitted : whole]
         self._emitted = max(self._emitted, whole)
-        if pending == 0 and piece:
+        if whole == len(text) and piece:
             del self._ids[: self._settled]
             self._settled = len(self._ids)
             self._emitted = len(self._tokenizer.decode(self._ids, self._skip))
@@ -374,7 +373,7 @@ def _render(template: str, **variables: Any) -> str:
     environment.globals["strftime_now"] = strftime_now
     try:
         return environment.from_string(template).render(**variables)
-    except Exception as error:  # noqa: BLE001 a template is a program: it fails in any way that Python can
+    except Exception as error:
         message = f"{type(error).__name__}: {error}"
         raise value_error("apply_chat", "the template's answer", _short(message), "a text") from None
 

@@ -91,8 +91,8 @@ def rung_of(op: str) -> str:
     if module is None:
         return ""
     kernels = {name: rung() for name, rung in sorted(module.kernels.items())}
-    # rms_norm_residual is served by the kernel rms_norm, attention by attention_prefill and attention_decode.
-    own = {rung for name, rung in kernels.items() if op.startswith(name) or name.startswith(op)}
+    # apply_rotary is served by the kernel rotary, attention by attention_prefill and attention_decode.
+    own = {rung for name, rung in kernels.items() if name in op or op in name}
     return " or ".join(sorted(own)) if own else module.active_isa()
 
 

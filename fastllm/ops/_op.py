@@ -44,7 +44,8 @@ def _direct(args: Sequence[Any]) -> bool:
     for a in args:
         kind = type(a)
         if kind is _Tensor or kind is _Parameter:
-            if grad and a.requires_grad:
+            # A lazily negated tensor's memory holds the opposite of its values; the dispatcher resolves it.
+            if (grad and a.requires_grad) or a.is_neg():
                 return False
         elif isinstance(a, _Tensor):  # a subclass: FakeTensor, DTensor, ...
             return False

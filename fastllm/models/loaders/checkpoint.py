@@ -62,10 +62,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not isinstance(path, (str, os.PathLike)):
         raise type_error("read_checkpoint", "path", path, "a str or a path")
     path = Path(path)
-    if path.is_dir():
-        return Checkpoint(path, *open_hf(path))
-    if not path.is_file():
-        raise missing_file("the checkpoint", path, "or a directory of that name")
-    if path.suffix in (".safetensors", ".json"):
-        raise value_error("read_checkpoint", "path", str(path), "the directory that holds it, or a GGUF file")
-    return Checkpoint(path, *open_gguf(path))
+    if not path.is_dir():
+        if not path.is_file():
+            raise missing_file("the checkpoint", path, "or a directory of that name")
+        if path.suffix in (".safetensors", ".json"):
+            raise value_error("read_checkpoint", "path", str(path), "the directory that holds it, or a GGUF file")
+    try:
+        return Checkpoint(path, *(open_hf(path) if path.is_dir() else open_gguf(path)))
+    except (TypeError, ValueError) as error:
+        op, _, text = str(error).partition(": ")
+        if op != "ModelConfig":
+            raise
+        raise type(error)(f"read_checkpoint: the config in {path}: {text}") from None

@@ -118,7 +118,9 @@ def brief(value: Any) -> Any:
     """A value as an error text may show it: a hostile file must not fill the terminal."""
     if isinstance(value, str):
         return value if len(value) <= 80 else value[:77] + "..."
-    return value if isinstance(value, (int, float)) and abs(value) < 1e30 else brief(repr(value))
+    if isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 128):
+        return value
+    return brief(repr(value))
 
 
 def unknown_architecture(op: str, arg: str, got: Any) -> ValueError:

@@ -1,0 +1,146 @@
+// Lines of packed weights in registers. A 64-byte line fills kBlockVectors registers, 32 bits a row: four 8-bit weights
+// or eight 4-bit ones of consecutive k. Include after simd/simd.h; the same rules hold (internal linkage only).
+#pragma once
+
+#include "quant_matmul.h"
+#include "simd/simd.h"
+
+namespace fastllm::cpu::FASTLLM_ISA {
+namespace {
+
+constexpr int kBlockVectors = static_cast<int>(kBlockRows) / kWidth;
+
+// vi: kWidth lanes of 32 bits.
+#if FASTLLM_ISA_LEVEL >= 2
+
+struct vi {
+  __m512i v;
+};
+FASTLLM_INLINE vi load_int(const void* p) { return {_mm512_loadu_si512(p)}; }
+FASTLLM_INLINE void store_int(void* p, vi a) { _mm512_storeu_si512(p, a.v); }
+FASTLLM_INLINE vi set1_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+FASTLLM_INLINE vi operator+(vi a, vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
+FASTLLM_INLINE vi operator&(vi a, vi b) { return {_mm512_and_si512(a.v, b.v)}; }
+FASTLLM_INLINE vi max(vi a, vi b) { return {_mm512_max_epi32(a.v, b.v)}; }
+template <int kShift>
+FASTLLM_INLINE vi shift_right(vi a) {
+  return {_mm512_srli_epi32(a.v, kShift)};
+}
+FASTLLM_INLINE vi bits_of(vf a) { return {_mm512_castps_si512(a.v)}; }
+FASTLLM_INLINE vf to_float(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
+// To the nearest, ties to even.
+FASTLLM_INLINE vi to_int(vf a) { return {_mm512_cvtps_epi32(a.v)}; }
+FASTLLM_INLINE int32_t reduce_add(vi a) { return _mm512_reduce_add_epi32(a.v); }
+FASTLLM_INLINE int32_t reduce_max(vi a) { return _mm512_reduce_max_epi32(a.v); }
+
+#elif FASTLLM_ISA_LEVEL == 1
+
+struct vi {
+  __m256i v;
+};
+FASTLLM_INLINE vi load_int(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
+FASTLLM_INLINE void store_int(void* p, vi a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a.v); }
+FASTLLM_INLINE vi set1_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
+FASTLLM_INLINE vi operator+(vi a, vi b) { return {_mm256_add_epi32(a.v, b.v)}; }
+FASTLLM_INLINE vi operator&(vi a, vi b) { return {_mm256_and_si256(a.v, b.v)}; }
+FASTLLM_INLINE vi max(vi a, vi b) { return {_mm256_max_epi32(a.v, b.v)}; }
+template <int kShift>
+FASTLLM_INLINE vi shift_right(vi a) {
+  return {_mm256_srli_epi32(a.v, kShift)};
+}
+FASTLLM_INLINE vi bits_of(vf a) { return {_mm256_castps_si256(a.v)}; }
+FASTLLM_INLINE vf to_float(vi a) { return {_mm256_cvtepi32_ps(a.v)}; }
+FASTLLM_INLINE vi to_int(vf a) { return {_mm256_cvtps_epi32(a.v)}; }
+FASTLLM_INLINE __m128i fold_add(__m256i a) {
+  return _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+}
+FASTLLM_INLINE int32_t reduce_add(vi a) {
+  __m128i s = fold_add(a.v);
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+FASTLLM_INLINE int32_t reduce_max(vi a) {
+  __m128i s = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+#else
+
+struct vi {
+  uint32_t v;
+};
+FASTLLM_INLINE vi load_int(const void* p) {
+  vi a;
+  std::memcpy(&a.v, p, sizeof a.v);
+  return a;
+}
+FASTLLM_INLINE void store_int(void* p, vi a) { std::memcpy(p, &a.v, sizeof a.v); }
+FASTLLM_INLINE vi set1_int(int32_t x) { return {static_cast<uint32_t>(x)}; }
+FASTLLM_INLINE vi operator+(vi a, vi b) { return {a.v + b.v}; }
+FASTLLM_INLINE vi operator&(vi a, vi b) { return {a.v & b.v}; }
+FASTLLM_INLINE vi max(vi a, vi b) { return static_cast<int32_t>(a.v) > static_cast<int32_t>(b.v) ? a : b; }
+template <int kShift>
+FASTLLM_INLINE vi shift_right(vi a) {
+  return {a.v >> kShift};
+}
+FASTLLM_INLINE vi bits_of(vf a) { return {bits_from_float(a.v)}; }
+FASTLLM_INLINE vf to_float(vi a) { return {static_cast<float>(static_cast<int32_t>(a.v))}; }
+FASTLLM_INLINE vi to_int(vf a) { return set1_int(static_cast<int32_t>(round_nearest(a).v)); }
+FASTLLM_INLINE int32_t reduce_add(vi a) { return static_cast<int32_t>(a.v); }
+FASTLLM_INLINE int32_t reduce_max(vi a) { return static_cast<int32_t>(a.v); }
+
+#endif
+
+// The weight of each row at one k of a line, as a float: bits [kShift, kShift + kBits).
+template <int kBits, int kShift>
+FASTLLM_INLINE vf weight_at(vi line) {
+#if FASTLLM_ISA_LEVEL >= 2
+  if constexpr (kBits == 4) {  // one permutation of a table of floats in place of a mask and a conversion
+    const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return {_mm512_permutexvar_ps(shift_right<kShift>(line).v, table)};
+  }
+#endif
+  const vi shifted = shift_right<kShift>(line);
+  return to_float(kShift + kBits == 32 ? shifted : shifted & set1_int((1 << kBits) - 1));
+}
+
+// Sixteen scales or minimums of a group, whatever their dtype, as floats.
+FASTLLM_INLINE void widen_16(const void* base, DType dtype, int64_t index, float* out) {
+  for (int v = 0; v < kBlockVectors; ++v) {
+    const int64_t at = index * kBlockRows + v * kWidth;
+    vf a;
+    switch (dtype) {
+      case DType::f16:
+        a = load(static_cast<const f16*>(base) + at);
+        break;
+      case DType::bf16:
+        a = load(static_cast<const bf16*>(base) + at);
+        break;
+      default:
+        a = load(static_cast<const float*>(base) + at);
+        break;
+    }
+    store(out + v * kWidth, a);
+  }
+}
+
+// y[n0 ...] = sums + bias for one row and one block of 16 columns, of which the first `columns` exist.
+template <typename T>
+FASTLLM_INLINE void store_block(T* y, const T* bias, const float* sums, int64_t columns) {
+  for (int v = 0; v < kBlockVectors; ++v) {
+    const int64_t left = columns - v * kWidth;
+    if (left <= 0) return;
+    vf a = load(sums + v * kWidth);
+    if (left >= kWidth) {
+      if (bias) a = a + load(bias + v * kWidth);
+      store(y + v * kWidth, a);
+    } else {
+      if (bias) a = a + load_n(bias + v * kWidth, left);
+      store_n(y + v * kWidth, a, left);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastllm::cpu::FASTLLM_ISA

@@ -1,0 +1,17 @@
+#pragma once
+
+#include "quant_matmul.h"
+
+namespace fastllm::cpu {
+
+// Columns of K that are summed on one chain before the sum joins the total: bounds the error and what L1 must hold.
+inline constexpr int64_t kFloatSegment = 128;
+
+// Bytes of scratch for M tokens: activations as floats, whole lines.
+static inline int64_t quant_matmul_float_scratch(int64_t M, int64_t K) {
+  return (M < kMaxTokens ? M : kMaxTokens) * padded_k(K) * static_cast<int64_t>(sizeof(float));
+}
+
+FASTLLM_KERNEL(quant_matmul_float, QuantMatmulArgs, avx512)
+
+}  // namespace fastllm::cpu

@@ -1,0 +1,372 @@
+// y = x w^T with activations quantised to int8, symmetric, a scale for each token and group of columns.
+//
+//   amax = max|x| of the group; scale = amax / 127; xq = round_half_even(x * (127 / amax)), all in fp32
+//   y[m, n] = sum over groups of scale_x * (scale_w * sum((q - zero) * xq)) + minimum * (scale_x * sum(xq))
+//
+// The inner sums are exact integers. A group whose amax is below 2^-100 counts as zero (127 / amax must be finite); one
+// that holds an infinity or a NaN gets the scale NaN, and so does every output of its row.
+//
+// Cost: N K bits / 8 bytes of weights, plus scales, once for every kMaxTokens tokens; 2 M N K integer operations. With
+// few tokens reading the weights is the limit. With many it is the multiplier: a step of 4-bit weights is two
+// instructions (vpmaddubsw, vpaddw) for 32 products on AVX2, one (vpdpbusd) for 64 with VNNI; 8-bit weights without VNNI
+// are widened to 16 bits and cost two (vpmaddwd, vpaddd) for 16, because vpmaddubsw would saturate.
+//
+// A token's bits do not depend on the other tokens: each row and token sums its groups in one order, in segments.
+#include "quant_matmul_int8.h"
+
+#include "parallel.h"
+#include "quant_lines.h"
+
+namespace fastllm::cpu::FASTLLM_ISA {
+namespace {
+
+// u8 x s8 into 32 bits in one step: VNNI, and the scalar twin.
+constexpr bool kDotBytes = FASTLLM_ISA_LEVEL == 0 || FASTLLM_ISA_LEVEL >= 3;
+// 4-bit weights without that: pairs of products are summed in 16 bits, 32 columns at a time (8 * 2 * 15 * 127 < 2^15).
+template <int kBits>
+constexpr bool kNarrowSums = kBits == 4 && !kDotBytes;
+// 8-bit weights without that: activations are stored as 16 bits.
+template <int kBits>
+constexpr bool kWideActivations = kBits == 8 && !kDotBytes;
+
+// A unit is what eight bytes of activations multiply: columns, and bytes of the weights of 16 rows.
+template <int kBits>
+constexpr int kUnitColumns = kWideActivations<kBits> ? 4 : 8;
+template <int kBits>
+constexpr int kUnitBytes = kBits == 8 && kDotBytes ? 128 : 64;
+constexpr int kUnpackedBytes = 128;  // once its nibbles stand in bytes
+constexpr int kUnitsAStep = 4;       // of 4-bit weights: the 32 columns that sums of 16 bits can hold
+
+constexpr int64_t kMaxGroups = kInt8Segment / 32;  // in a segment
+// Tokens in a tile: as many as leave registers for the sums of 16 rows.
+constexpr int kTile = FASTLLM_ISA_LEVEL == 0 ? 1 : FASTLLM_ISA_LEVEL == 1 ? 4 : 8;
+
+// ---------------------------------------------------------------- one step
+
+struct Unit {
+  vi a, b;  // what the first and the last four bytes of activations multiply
+};
+
+template <int kBits>
+FASTLLM_INLINE Unit load_unit(const uint8_t* p, int v) {
+  const vi line = load_int(p + v * 4 * kWidth);
+  if constexpr (kBits == 4) {
+    const vi low = set1_int(0x0f0f0f0f);
+    return {line & low, shift_right<4>(line) & low};
+  } else if constexpr (kDotBytes) {
+    return {line, load_int(p + kLineBytes + v * 4 * kWidth)};
+  } else {
+    const vi even = set1_int(0x00ff00ff);
+    return {line & even, shift_right<8>(line) & even};
+  }
+}
+
+FASTLLM_INLINE Unit load_unpacked(const uint8_t* p, int v) {
+  return {load_int(p + v * 4 * kWidth), load_int(p + kLineBytes + v * 4 * kWidth)};
+}
+
+template <int kBits>
+FASTLLM_INLINE vi dot(vi sum, vi w, const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, sizeof four);
+#if FASTLLM_ISA_LEVEL >= 3
+  return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(four))};
+#elif FASTLLM_ISA_LEVEL == 2
+  const __m512i xs = _mm512_set1_epi32(four);
+  if constexpr (kNarrowSums<kBits>) return {_mm512_add_epi16(sum.v, _mm512_maddubs_epi16(w.v, xs))};
+  return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(w.v, xs))};
+#elif FASTLLM_ISA_LEVEL == 1
+  const __m256i xs = _mm256_set1_epi32(four);
+  if constexpr (kNarrowSums<kBits>) return {_mm256_add_epi16(sum.v, _mm256_maddubs_epi16(w.v, xs))};
+  return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(w.v, xs))};
+#else
+  int32_t total = 0;
+  for (int j = 0; j < 4; ++j) total += static_cast<int32_t>(w.v >> (8 * j) & 255) * x[j];
+  return sum + set1_int(total);
+#endif
+}
+
+// Pairs of 16-bit sums -> 32 bits.
+FASTLLM_INLINE vi widen_pairs(vi sums) {
+#if FASTLLM_ISA_LEVEL >= 2
+  return {_mm512_madd_epi16(sums.v, _mm512_set1_epi16(1))};
+#elif FASTLLM_ISA_LEVEL == 1
+  return {_mm256_madd_epi16(sums.v, _mm256_set1_epi16(1))};
+#else
+  return sums;
+#endif
+}
+
+// ---------------------------------------------------------------- activations
+
+// Quantises one token. x: K values; out: whole segments, `segment_stride` bytes apart; groups: one for each
+// `group_size` columns.
+template <int kBits, typename T>
+void quantize_token(const T* x, int64_t K, int64_t group_size, int zero, int8_t* out, int64_t segment_stride,
+                    ActivationGroup* groups) {
+  constexpr int kBytes = kWideActivations<kBits> ? 2 : 1;
+  alignas(64) float values[128];
+  alignas(64) int32_t integers[128];
+  for (int64_t k = 0; k < K; k += group_size) {
+    const int64_t count = K - k < group_size ? K - k : group_size, padded = padded_k(count);
+    // Bits of |x| order like the values, with infinities and NaN on top.
+    vi largest = set1_int(0);
+    for (int64_t i = 0; i < padded; i += kWidth) {
+      const int64_t left = count - i;
+      const vf a = left >= kWidth ? load(x + k + i) : load_n(x + k + i, left > 0 ? left : 0);
+      store(values + i, a);
+      largest = max(largest, bits_of(a) & set1_int(0x7fffffff));
+    }
+    const int32_t amax_bits = reduce_max(largest);
+    float amax, scale = 0.0f, inverse = 0.0f;
+    std::memcpy(&amax, &amax_bits, sizeof amax);
+    if (amax_bits >= 0x7f800000) {
+      scale = __builtin_nanf("");
+    } else if (amax >= 0x1p-100f) {
+      scale = amax / 127.0f;
+      inverse = 127.0f / amax;
+    }
+    vi sum = set1_int(0);
+    const bool finite = scale == scale;
+    for (int64_t i = 0; i < padded; i += kWidth) {
+      const vi q = finite ? to_int(load(values + i) * set1(inverse)) : set1_int(0);
+      store_int(integers + i, q);
+      sum = sum + q;
+    }
+    const int32_t total = reduce_add(sum);
+    *groups++ = {scale, scale * static_cast<float>(total), -zero * total};
+    int8_t* to = out + k / kInt8Segment * segment_stride + k % kInt8Segment * kBytes;
+    if constexpr (kBytes == 2) {  // even columns stand in the low halves of the weights' dwords, odd ones in the high
+      int16_t* wide = reinterpret_cast<int16_t*>(to);
+      for (int64_t i = 0; i < padded; i += 4) {
+        wide[i] = static_cast<int16_t>(integers[i]);
+        wide[i + 1] = static_cast<int16_t>(integers[i + 2]);
+        wide[i + 2] = static_cast<int16_t>(integers[i + 1]);
+        wide[i + 3] = static_cast<int16_t>(integers[i + 3]);
+      }
+    } else {
+      for (int64_t i = 0; i < padded; ++i) to[i] = static_cast<int8_t>(integers[i]);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- one tile: 16 rows x kTokens tokens x a segment
+
+// One segment of K, of one block of 16 rows.
+struct Segment {
+  const uint8_t* weights;        // units, packed; or unpacked, if the tile says so
+  const int8_t* x;               // the first token's; the others x_stride bytes apart
+  const ActivationGroup* group;  // the first token's first; the other tokens' group_stride apart
+  const float* scale;            // (groups, 16)
+  const float* minimum;          // likewise, or null
+  int64_t x_stride, group_stride;
+  int64_t units, units_a_group;
+  float* sums;  // (tokens, 16), added to
+};
+
+template <int kBits, int kTokens, bool kUnpacked>
+FASTLLM_INLINE void add_units(const uint8_t*& weights, const int8_t*& x, int64_t x_stride, int64_t units,
+                              vi (&sums)[kTokens][kBlockVectors]) {
+  for (int64_t u = 0; u < units; ++u) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kBlockVectors; ++v) {
+      const Unit w = kUnpacked ? load_unpacked(weights, v) : load_unit<kBits>(weights, v);
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; ++t) {
+        sums[t][v] = dot<kBits>(sums[t][v], w.a, x + t * x_stride);
+        sums[t][v] = dot<kBits>(sums[t][v], w.b, x + t * x_stride + 4);
+      }
+    }
+    weights += kUnpacked ? kUnpackedBytes : kUnitBytes<kBits>;
+    x += 8;
+  }
+}
+
+template <int kBits, int kTokens, bool kUnpacked>
+void add_tile(const Segment& s) {
+  const uint8_t* weights = s.weights;
+  const int8_t* x = s.x;
+  const ActivationGroup* group = s.group;
+  const float *scale = s.scale, *minimum = s.minimum;
+  vf totals[kTokens][kBlockVectors];
+#pragma GCC unroll 16
+  for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kBlockVectors; ++v) totals[t][v] = zero();
+  }
+  for (int64_t left = s.units; left > 0; left -= s.units_a_group) {
+    int64_t units = left < s.units_a_group ? left : s.units_a_group;
+    vi sums[kTokens][kBlockVectors];
+#pragma GCC unroll 16
+    for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kBlockVectors; ++v) sums[t][v] = set1_int(group[t * s.group_stride].zero_part);
+    }
+    if constexpr (kNarrowSums<kBits>) {
+      while (units > 0) {
+        vi narrow[kTokens][kBlockVectors];
+#pragma GCC unroll 16
+        for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 16
+          for (int v = 0; v < kBlockVectors; ++v) narrow[t][v] = set1_int(0);
+        }
+        if (units >= kUnitsAStep) {
+          add_units<kBits, kTokens, kUnpacked>(weights, x, s.x_stride, kUnitsAStep, narrow);
+        } else {
+          add_units<kBits, kTokens, kUnpacked>(weights, x, s.x_stride, units, narrow);
+        }
+        units -= kUnitsAStep;
+#pragma GCC unroll 16
+        for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 16
+          for (int v = 0; v < kBlockVectors; ++v) sums[t][v] = sums[t][v] + widen_pairs(narrow[t][v]);
+        }
+      }
+    } else {
+      add_units<kBits, kTokens, kUnpacked>(weights, x, s.x_stride, units, sums);
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < kBlockVectors; ++v) {
+      const vf ws = load(scale + v * kWidth);
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; ++t) {
+        totals[t][v] = fmadd(to_float(sums[t][v]) * ws, set1(group[t * s.group_stride].scale), totals[t][v]);
+      }
+    }
+    if (minimum) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kBlockVectors; ++v) {
+        const vf wm = load(minimum + v * kWidth);
+#pragma GCC unroll 16
+        for (int t = 0; t < kTokens; ++t) {
+          totals[t][v] = fmadd(wm, set1(group[t * s.group_stride].sum), totals[t][v]);
+        }
+      }
+      minimum += kBlockRows;
+    }
+    scale += kBlockRows;
+    ++group;
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kBlockVectors; ++v) {
+      float* to = s.sums + t * kBlockRows + v * kWidth;
+      store(to, load(to) + totals[t][v]);
+    }
+  }
+}
+
+template <int kBits, int kTokens, bool kUnpacked>
+void add_tiles(Segment& s, int64_t tokens) {
+  while (tokens >= kTokens) {
+    add_tile<kBits, kTokens, kUnpacked>(s);
+    s.x += kTokens * s.x_stride;
+    s.group += kTokens * s.group_stride;
+    s.sums += kTokens * kBlockRows;
+    tokens -= kTokens;
+  }
+  if constexpr (kTokens > 1) add_tiles<kBits, kTokens / 2, kUnpacked>(s, tokens);
+}
+
+// Nibbles -> bytes, once for all tiles of a block.
+void unpack_units(const uint8_t* packed, int64_t units, uint8_t* unpacked) {
+  for (int64_t u = 0; u < units; ++u) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kBlockVectors; ++v) {
+      const Unit w = load_unit<4>(packed, v);
+      store_int(unpacked + v * 4 * kWidth, w.a);
+      store_int(unpacked + kLineBytes + v * 4 * kWidth, w.b);
+    }
+    packed += kUnitBytes<4>;
+    unpacked += kUnpackedBytes;
+  }
+}
+
+// ---------------------------------------------------------------- all tokens of a pass x some blocks
+
+template <int kBits, typename T>
+void multiply_blocks(const QuantMatmulArgs& a, const int8_t* x, const ActivationGroup* groups, int64_t first_token,
+                     int64_t tokens, int64_t begin, int64_t end) {
+  constexpr int kBytes = kWideActivations<kBits> ? 2 : 1;
+  alignas(64) float sums[kMaxTokens * kBlockRows];
+  alignas(64) float scale[kMaxGroups * kBlockRows], minimum[kMaxGroups * kBlockRows];
+  alignas(64) uint8_t unpacked[kBits == 4 ? kInt8Segment / kUnitColumns<4> * kUnpackedBytes : 1];
+  const int64_t act_group = activation_group(a.group_size), act_groups = (a.K + act_group - 1) / act_group;
+  const int64_t weight_groups = a.K / a.group_size, block_bytes = padded_k(a.K) * kBlockRows * a.bits / 8;
+  const bool unpack = kBits == 4 && tokens > kTile;
+  for (int64_t block = begin; block < end; ++block) {
+    std::memset(sums, 0, static_cast<size_t>(tokens * kBlockRows) * sizeof(float));
+    for (int64_t k = 0; k < a.K; k += kInt8Segment) {
+      const int64_t count = a.K - k < kInt8Segment ? a.K - k : kInt8Segment;
+      const int64_t num_groups = (count + act_group - 1) / act_group;
+      for (int64_t g = 0; g < num_groups; ++g) {
+        // A group of activations lies within one group of weights.
+        const int64_t at = block * weight_groups + (k + g * act_group) / a.group_size;
+        widen_16(a.scale, a.scale_dtype, at, scale + g * kBlockRows);
+        if (a.minimum) widen_16(a.minimum, a.scale_dtype, at, minimum + g * kBlockRows);
+      }
+      Segment s;
+      s.weights = a.data + block * block_bytes + k * kBlockRows * a.bits / 8;
+      s.x_stride = kInt8Segment * kBytes;
+      s.x = x + k * tokens * kBytes;
+      s.group = groups + k / act_group;
+      s.group_stride = act_groups;
+      s.scale = scale;
+      s.minimum = a.minimum ? minimum : nullptr;
+      s.units = padded_k(count) / kUnitColumns<kBits>;
+      s.units_a_group = act_group / kUnitColumns<kBits>;
+      s.sums = sums;
+      if constexpr (kBits == 4) {
+        if (unpack) {
+          unpack_units(s.weights, s.units, unpacked);
+          s.weights = unpacked;
+          add_tiles<kBits, kTile, true>(s, tokens);
+          continue;
+        }
+      }
+      add_tiles<kBits, kTile, false>(s, tokens);
+    }
+    const int64_t n = block * kBlockRows, columns = a.N - n < kBlockRows ? a.N - n : kBlockRows;
+    const T* bias = a.bias ? static_cast<const T*>(a.bias) + n : nullptr;
+    for (int64_t t = 0; t < tokens; ++t) {
+      store_block(static_cast<T*>(a.y) + (first_token + t) * a.N + n, bias, sums + t * kBlockRows, columns);
+    }
+  }
+}
+
+template <int kBits, typename T>
+void multiply(const QuantMatmulArgs& a) {
+  const int64_t act_group = activation_group(a.group_size), act_groups = (a.K + act_group - 1) / act_group;
+  const int64_t blocks = (a.N + kBlockRows - 1) / kBlockRows;
+  for (int64_t first = 0; first < a.M; first += kMaxTokens) {
+    const int64_t tokens = a.M - first < kMaxTokens ? a.M - first : kMaxTokens;
+    // x: (segments, tokens, kInt8Segment) integers, then (tokens, groups) scales.
+    constexpr int kBytes = kWideActivations<kBits> ? 2 : 1;
+    const int64_t segments = (a.K + kInt8Segment - 1) / kInt8Segment;
+    int8_t* x = reinterpret_cast<int8_t*>(a.scratch);
+    auto* groups = reinterpret_cast<ActivationGroup*>(a.scratch + segments * tokens * kInt8Segment * kBytes);
+    parallel_for(tokens, 1 + 16384 / a.K, a.threads, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        quantize_token<kBits>(static_cast<const T*>(a.x) + row_offset(a.x_rows, first + t), a.K, act_group, a.zero,
+                              x + t * kInt8Segment * kBytes, tokens * kInt8Segment * kBytes, groups + t * act_groups);
+      }
+    });
+    // A chunk is worth waking a thread for (64 KiB from memory are about 5 us), and a thread that falls behind can leave
+    // the rest to the others.
+    const int64_t block_work = padded_k(a.K) * a.bits * 2 * (tokens < 8 ? 1 : tokens / 4);
+    parallel_for(blocks, 1 + 65536 / block_work, a.threads, [&](int64_t begin, int64_t end) {
+      multiply_blocks<kBits, T>(a, x, groups, first, tokens, begin, end);
+    });
+  }
+}
+
+}  // namespace
+
+void quant_matmul_int8(const QuantMatmulArgs& a) {
+#define FASTLLM_BODY(T) a.bits == 4 ? multiply<4, decltype(T)>(a) : multiply<8, decltype(T)>(a)
+  FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
+#undef FASTLLM_BODY
+}
+
+}  // namespace fastllm::cpu::FASTLLM_ISA

@@ -1,0 +1,3 @@
+from .api import quant_matmul
+
+__all__ = ["quant_matmul"]

@@ -1,0 +1,152 @@
+"""The public function: checks, schema, fake, gradient, and which backends serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends import Backend
+from ...errors import type_error, value_error
+from ...quant.tensor import QuantizedTensor
+from .. import _check, _op
+from . import native, reference
+
+
+def _prepare(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float") -> tuple[Any, ...]:
+    _check.floating("quant_matmul", "x", x, min_dim=1)
+    if not isinstance(w, QuantizedTensor):
+        raise type_error("quant_matmul", "w", w, "a QuantizedTensor", "(fastllm.quantize makes one)")
+    n, k = w.shape
+    if x.shape[-1] != k:
+        raise _check.shape_error("quant_matmul", "x", x.shape, f"(..., {k})", f"to match w {w.shape}")
+    if w.data.device != x.device:
+        raise ValueError(f"quant_matmul: w is on {w.data.device}, expected {x.device} to match x")
+    if bias is not None:
+        _check.like("quant_matmul", "bias", bias, x.dtype, x.device)
+        if bias.dim() != 1 or bias.shape[0] != n:
+            raise _check.shape_error("quant_matmul", "bias", bias.shape, f"({n},)", f"to match w {w.shape}")
+    if activations not in ("float", "int8"):
+        raise value_error("quant_matmul", "activations", activations, "'float' or 'int8'")
+    if w.layout != "x16" and x.is_cpu and not torch.compiler.is_compiling():
+        w = _packed(w)
+    return (
+        x,
+        w.data,
+        w.scale,
+        w.minimum,
+        bias,
+        n,
+        k,
+        w.bits,
+        w.group_size,
+        w.zero,
+        w.layout,
+        activations == "int8",
+    )
+
+
+def _packed(w: QuantizedTensor) -> QuantizedTensor:
+    """The weight in the layout that CPU kernels read, made once and kept with the weight."""
+    packed = w.__dict__.get("_packed")
+    if packed is None:
+        packed = w.pack()
+        object.__setattr__(w, "_packed", packed)  # frozen, and this changes nothing that a reader of w can see
+    return packed
+
+
+def _stored(
+    data: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero: int,
+    layout: str,
+) -> QuantizedTensor:
+    return QuantizedTensor(data, scale, minimum, zero, (n, k), bits, group_size, layout)
+
+
+def _reference(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero: int,
+    layout: str,
+    int8_activations: bool,
+) -> Tensor:
+    w = _stored(data, scale, minimum, n, k, bits, group_size, zero, layout)
+    return reference.quant_matmul(x, w, bias, activations="int8" if int8_activations else "float")
+
+
+def _fake(x: Tensor, data: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, n: int, *_: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, data, scale, minimum, _, *ctx.form, _ = inputs
+    ctx.save_for_backward(data, scale, minimum)
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    """d/dx = grad_y w and d/dbias = the sum of grad_y over rows; rounding of activations passes gradients straight."""
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad_y @ _stored(*ctx.saved_tensors, *ctx.form).dequantize(grad_y.dtype)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad_y.flatten(0, -2).float().sum(0).to(grad_y.dtype) if grad_y.dim() > 1 else grad_y.clone()
+    return grad_x, None, None, None, grad_bias, *(None,) * 7
+
+
+_op_quant_matmul = _op.Op(
+    "quant_matmul",
+    "(Tensor x, Tensor data, Tensor scale, Tensor? minimum, Tensor? bias, SymInt n, SymInt k, int bits, int group_size, "
+    "int zero, str layout, bool int8_activations) -> Tensor",
+    fake=_fake,
+    backends=(
+        Backend("cpu", native.quant_matmul, native.refuse),
+        Backend("reference", _reference, _check.never_refuse),
+    ),
+    prepare=_prepare,
+    backward=(_setup_context, _backward),
+)
+
+
+def quant_matmul(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float") -> Tensor:
+    """A linear layer whose weight is stored in 4 or 8 bits.
+
+    y[m, n] = sum_k x[m, k] w[n, k] + bias[n];  w[n, k] = (q[n, k] - zero) * scale[n, k // group] + minimum[n, k // group]
+
+    Args:
+        x: (..., K) fp32|bf16|fp16; rows may be strided.
+        w: (N, K), 4 or 8 bits, groups of 32, 64, 128 or K columns. Kernels read its "x16" layout: a weight in layout
+            "rows" is packed at the first call and the packed copy is kept with it, so pass ``w.pack()`` to hold one copy.
+        bias: (N,) of x's dtype.
+        activations: "float" keeps x as it is. "int8" rounds it, for each token and group of A columns (A = the weight's
+            group if that is 32 or 64, else 128): amax = max|x|, integer = round_half_even(x * (127 / amax)),
+            scale = amax / 127, all in fp32; a group with amax < 2^-100 counts as zero.
+
+    Returns:
+        y (..., N) of x's dtype.
+
+    Raises:
+        TypeError: a dtype other than fp32, bf16, fp16, a bias of another one, or a w that is no QuantizedTensor.
+        ValueError: a shape or device that does not match, or an unknown ``activations``.
+
+    Numerics: "float" makes each weight in fp32 and sums in fp32, 128 columns at a time; "int8" sums each group exactly in
+    int32, then groups in fp32. bias is added before the one rounding to x's dtype. An infinity or NaN in a row of x makes
+    that row of y NaN or infinite ("int8": NaN throughout). On the CPU a row's bits do not depend on the batch or on the
+    number of threads. Gradients to x and bias; the weight has none; "int8" passes the gradient straight through rounding.
+    Cost: N K bits / 8 bytes of weights plus scales; 2 M N K operations.
+    Source: weight formats of llama.cpp's Q4_0, Q4_1, Q8_0, GPTQ (arXiv:2210.17323), AWQ (arXiv:2306.00978) and HQQ.
+    """
+    return _op_quant_matmul(*_prepare(x, w, bias, activations=activations))
