@@ -12,13 +12,13 @@ CXX_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -
 demo: $(VENV)/installed build/built $(VENV)/model
 	$(PY) -m fastllm demo
 
-test: $(VENV)/tools build/built $(VENV)/model
+test: $(VENV)/installed build/built $(VENV)/model
 	$(PY) -m pytest
 
 bench: $(VENV)/installed build/built
 	$(PY) -m fastllm bench
 
-lint: $(VENV)/tools
+lint: $(VENV)/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
@@ -28,15 +28,15 @@ wheel: $(VENV)/installed
 	$(PY) -m pip wheel --no-deps --wheel-dir dist .
 
 # Every case of every op on the AVX-512 rungs, which SIMDe emulates: no AVX-512 is needed.
-emulate: $(VENV)/tools
+emulate: $(VENV)/installed
 	$(PY) tests/native/variant.py emulate -m pytest -q -k avx512 tests/test_ops.py
 
 # Every case of every op, with the kernels and the bindings under AddressSanitizer and UndefinedBehaviorSanitizer.
-sanitize: $(VENV)/tools
+sanitize: $(VENV)/installed
 	$(PY) tests/native/variant.py sanitize -m pytest -q tests/test_ops.py tests/test_boundary.py
 
 # Which instructions each rung's functions use: the proof that no rung leaks into another.
-rungs: $(VENV)/tools build/built
+rungs: build/built
 	$(PY) tests/native/rungs.py
 
 gpu:
@@ -60,10 +60,6 @@ build/built: $(VENV)/dependencies $(NATIVE)
 	@touch $@
 
 $(VENV)/installed: $(VENV)/dependencies pyproject.toml | build/built
-	$(PIP) --no-build-isolation -e '.[demo]'
-	@touch $@
-
-$(VENV)/tools: $(VENV)/installed
 	$(PIP) --no-build-isolation -e '.[demo,test,lint]'
 	@touch $@
 

@@ -52,10 +52,14 @@ def rungs_of(source: Path) -> list[str]:
     return names[: max(map(names.index, found)) + 1] if X86 else ["scalar"]
 
 
+def is_emulated(rung: str) -> bool:
+    return EMULATED and rung.startswith("avx512")
+
+
 def rung_flags(rung: str, compiler: str) -> str:
     flags = RUNGS[rung] if X86 else ""
-    if EMULATED and rung.startswith("avx512"):
-        flags = f"{_AVX2} -Wno-psabi -isystem {ROOT / 'tests' / 'native' / 'simde_avx512'}"
+    if is_emulated(rung):
+        flags = f"{_AVX2} -O1 -Wno-psabi -isystem {ROOT / 'tests' / 'native' / 'simde_avx512'}"
     elif rung.startswith("avx512") and "clang" not in compiler:
         # GCC 12 warns of uninitialised registers inside its own avx512fintrin.h (GCC bug 105593).
         flags += " -Wno-uninitialized -Wno-maybe-uninitialized"
@@ -111,8 +115,13 @@ def cpu_objects(build: Path, compiler: str) -> list[tuple[Path, str, str]]:
     objects = [(together, "all_bindings.o", f"-O1 {headers}")]
     for source in sorted(set(CPU.glob("*.cpp")) - set(doors)):
         rungs = rungs_of(source)
-        objects += [(source, f"{source.stem}.{rung}.o", rung_flags(rung, compiler)) for rung in rungs]
-        if not rungs:
+        for rung in rungs:
+            # Emulated objects go by a name of their own: everything else is shared with the real build.
+            name = f"{source.stem}.{rung}{'.emulated' if is_emulated(rung) else ''}.o"
+            objects.append((source, name, rung_flags(rung, compiler)))
+        if EMULATED and source.stem == "cpu_features":
+            objects.append((source, "cpu_features.emulated.o", "-DFASTLLM_EMULATED"))
+        elif not rungs:
             objects.append((source, f"{source.stem}.o", ""))
     return objects
 
@@ -128,7 +137,7 @@ class NinjaBuild(build_ext):
         build = Path(temporary or ROOT / "build" / f"temp.{tag}").resolve()
         build.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        extra = os.environ.get("FASTLLM_CXXFLAGS", "") + (" -DFASTLLM_EMULATED" if EMULATED else "")
+        extra = os.environ.get("FASTLLM_CXXFLAGS", "")
         link = "-shared -pthread" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup"
         lines = [
             f"cxx = {command}",
@@ -147,8 +156,9 @@ class NinjaBuild(build_ext):
             lines += [f"build {name}: cxx {escaped(source)}", f"  more = {more}"]
             names.append(name)
         lines += [f"build {escaped(output)}: link {' '.join(names)}", f"default {escaped(output)}", ""]
-        (build / "build.ninja").write_text("\n".join(lines))
-        program = [ninja_program(), "-C", str(build), *(["-j", str(self.parallel)] if self.parallel else [])]
+        plan = build / ("emulated.ninja" if EMULATED else "build.ninja")
+        plan.write_text("\n".join(lines))
+        program = [ninja_program(), "-C", str(build), "-f", plan.name, *(["-j", str(self.parallel)] if self.parallel else [])]
         if subprocess.run(program, check=False).returncode:
             raise SystemExit("fastllm: the C++ build failed; the compiler's messages stand above")
 

@@ -2,7 +2,16 @@
 
 from .backends import info, use_backend
 from .integrations.transformers import accelerate
-from .ops import apply_rotary, apply_rotary_cache, gated_activation, quant_matmul, rms_norm
+from .models import load
+from .ops import (
+    apply_rotary,
+    apply_rotary_cache,
+    attention,
+    embedding,
+    gated_activation,
+    quant_matmul,
+    rms_norm,
+)
 from .ops._explain import explain
 from .quant import quantize
 
@@ -10,9 +19,12 @@ __all__ = [
     "accelerate",
     "apply_rotary",
     "apply_rotary_cache",
+    "attention",
+    "embedding",
     "explain",
     "gated_activation",
     "info",
+    "load",
     "quant_matmul",
     "quantize",
     "rms_norm",

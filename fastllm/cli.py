@@ -60,15 +60,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    if args.threads is not None:
+        if args.threads < 1:
+            raise value_error("generate", "--threads", args.threads, "at least 1")
+        torch.set_num_threads(args.threads)
     from rich.console import Console
 
     from .models.load import load
 
     console = Console(stderr=True)
-    if args.threads is not None:
-        if args.threads < 1:
-            raise value_error("generate", "--threads", args.threads, "at least 1")
-        torch.set_num_threads(args.threads)
     with console.status(f"loading {args.model}") if console.is_terminal else nullcontext():
         model = load(args.model, activations=args.activations, weights=args.weights, context=args.context)
     prompt = [{"role": "user", "content": args.prompt}] if args.chat else args.prompt
@@ -201,7 +201,9 @@ def _bench(args: argparse.Namespace) -> int:
     if not rows:
         raise value_error("bench", "--backend", ", ".join(backends or ()), "a backend of the ops chosen")
     for title, cells in tables(rows).items():
-        print(f"{title}\n\n{markdown(COLUMNS, cells, left=3)}\n") if args.markdown else print_table(title, COLUMNS, cells, left=3)
+        print(f"{title}\n\n{markdown(COLUMNS, cells, left=3)}\n") if args.markdown else print_table(
+            title, COLUMNS, cells, left=3
+        )
     for (op, note), count in Counter((row.op, row.note) for row in rows if row.note).items():
         print(f"{op}, {count} row{'s' if count > 1 else ''}: {note}")
     first = rows[0]

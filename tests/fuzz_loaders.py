@@ -67,10 +67,7 @@ def mutate_gguf(data: bytes, rng: random.Random, header: int) -> bytes:
     """Edits at the places where a key or a tensor is described, or anywhere."""
     if rng.random() < 0.4:
         return mutate_bytes(data, rng, header)
-    names = [
-        match.end()
-        for match in re.finditer(rb"(llama|qwen\d|general|tokenizer)\.[\w.]+|blk\.\d\.[\w.]+", data[:header])
-    ]
+    names = [match.end() for match in re.finditer(rb"(llama|qwen\d|general|tokenizer)\.[\w.]+|blk\.\d\.[\w.]+", data[:header])]
     at = rng.choice(names) if names else 24
     out = bytearray(data)
     kind = rng.randrange(4)
@@ -241,9 +238,7 @@ def main() -> int:
                 process.kill()
                 code = process.wait()
                 if begun is not None:
-                    failures.setdefault("hang" if line is None else f"the process died, status {code}", []).append(
-                        begun
-                    )
+                    failures.setdefault("hang" if line is None else f"the process died, status {code}", []).append(begun)
                     number = begun + 1
                 elif code != 0:
                     failures.setdefault("the worker failed before its first case", []).append(number)
@@ -263,9 +258,7 @@ def main() -> int:
                 process.wait()
                 break
     total = sum(counts.values()) + sum(len(cases) for cases in failures.values())
-    print(
-        f"{total} cases: {counts['ok']} loaded, {counts['refused']} refused in words, {len(failures)} kinds of failure"
-    )
+    print(f"{total} cases: {counts['ok']} loaded, {counts['refused']} refused in words, {len(failures)} kinds of failure")
     for text, cases in failures.items():
         print(f"\ncases {cases[:5]} ({len(cases)} in all): {text}")
     return 1 if failures else 0

@@ -73,9 +73,7 @@ def byte_level_vocab() -> tuple[list[str], list[str]]:
     return tokens + [f"[PAD{i}]" for i in range(300 - len(tokens))], merges
 
 
-def write_hf(
-    path: Path, config: dict, *, dtype: torch.dtype = torch.float32, shards: int = 1
-) -> dict[str, torch.Tensor]:
+def write_hf(path: Path, config: dict, *, dtype: torch.dtype = torch.float32, shards: int = 1) -> dict[str, torch.Tensor]:
     """A Hugging Face directory; returns its weights."""
     path.mkdir(parents=True, exist_ok=True)
     weights = random_weights(config_from_hf(config), dtype)
@@ -261,9 +259,7 @@ def test_gguf_rope_factors_are_llama3_scaling(tmp_path):
     plain = 1.0 / 50000.0 ** (torch.arange(0, 16, 2).float() / 16)
     write_gguf(tmp_path / "m.gguf", hf_config(), freqs=(plain / scaled).numpy())
     config = read_checkpoint(tmp_path / "m.gguf").config
-    ours = transformers.LlamaConfig(
-        **{**hf_config(), "rope_parameters": {**config.rope_scaling, "rope_theta": 50000.0}}
-    )
+    ours = transformers.LlamaConfig(**{**hf_config(), "rope_parameters": {**config.rope_scaling, "rope_theta": 50000.0}})
     for length in (None, 100000):
         inv_freq, attention = rope.ROPE_INIT_FUNCTIONS["longrope"](ours, torch.device("cpu"), seq_len=length)
         assert attention == 1.0 and torch.allclose(inv_freq, scaled, rtol=3e-7)
@@ -339,9 +335,7 @@ def test_a_file_that_shrinks_after_opening_is_an_error_not_a_crash(tmp_path):
 
 def test_gguf_header_equals_the_gguf_library(tmp_path):
     path = tmp_path / "m.gguf"
-    write_gguf(
-        path, hf_config("qwen2"), "Q4_0", extra=[("add_array", ("some.floats", [0.5, 1.5])), ("add_uint64", ("u", 7))]
-    )
+    write_gguf(path, hf_config("qwen2"), "Q4_0", extra=[("add_array", ("some.floats", [0.5, 1.5])), ("add_uint64", ("u", 7))])
     ours, theirs = parse_gguf(path), gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
     assert ours.metadata == fields
@@ -364,9 +358,7 @@ def test_hf_refusals(tmp_path):
             read_checkpoint(path)
 
     refuse(ValueError, "'gemma2', expected llama, mistral, qwen2 or qwen3", {"model_type": "gemma2"})
-    refuse(
-        ValueError, r"model\.embed_tokens\.weight .* has shape \(300, 64\), expected \(400, 64\)", {"vocab_size": 400}
-    )
+    refuse(ValueError, r"model\.embed_tokens\.weight .* has shape \(300, 64\), expected \(400, 64\)", {"vocab_size": 400})
     refuse(ValueError, r"model\.layers\.2\.input_layernorm\.weight .* 'missing'", {"num_hidden_layers": 3})
     refuse(ValueError, r"a tensor in .* 'model\.layers\.1", {"num_hidden_layers": 1})
     refuse(ValueError, r"lm_head\.weight .* 'missing'", {"tie_word_embeddings": False})

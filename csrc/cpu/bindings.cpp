@@ -5,6 +5,8 @@
 
 namespace fastllm::cpu {
 
+void bind_attention(py::module_& m);
+void bind_embedding(py::module_& m);
 void bind_limits(py::module_& m);
 void bind_gated_activation(py::module_& m);
 void bind_quant_matmul(py::module_& m);
@@ -55,6 +57,8 @@ PYBIND11_MODULE(_cpu, m) {
   });
   // True if tensors cross through DLPack's C exchange API, false if through Python attributes.
   m.def("use_exchange_api", [](bool enabled) { return Boundary::get().use_exchange_api(enabled); });
+  bind_attention(m);
+  bind_embedding(m);
   bind_limits(m);
   bind_gated_activation(m);
   bind_quant_matmul(m);

@@ -125,6 +125,16 @@ FASTLLM_INLINE void widen_16(const void* base, DType dtype, int64_t index, float
   }
 }
 
+// minimum - zero * scale of the same sixteen, given their scales.
+FASTLLM_INLINE void widen_offset(const QuantMatmulArgs& a, int64_t index, int zero_point, const float* scale,
+                                 float* out) {
+  if (a.minimum) widen_16(a.minimum, a.scale_dtype, index, out);
+  for (int v = 0; v < kBlockVectors; ++v) {
+    const vf minimum = a.minimum ? load(out + v * kWidth) : zero();
+    store(out + v * kWidth, fnmadd(set1(static_cast<float>(zero_point)), load(scale + v * kWidth), minimum));
+  }
+}
+
 // y[n0 ...] = sums + bias for one row and one block of 16 columns, of which the first `columns` exist.
 template <typename T>
 FASTLLM_INLINE void store_block(T* y, const T* bias, const float* sums, int64_t columns) {

@@ -44,15 +44,9 @@ FASTLLM_INLINE void each_column(vi line, vf scale, vf offset, const Body& body) 
 FASTLLM_INLINE void widen_scales(const QuantMatmulArgs& a, int64_t block, int64_t k, int64_t num_groups, float* scale,
                                  float* offset) {
   const int64_t first = block * (a.K / a.group_size) + k / a.group_size;
-  const vf zero_point = set1(static_cast<float>(a.zero));
   for (int64_t g = 0; g < num_groups; ++g) {
-    float *s = scale + g * kBlockRows, *o = offset + g * kBlockRows;
-    widen_16(a.scale, a.scale_dtype, first + g, s);
-    if (a.minimum) widen_16(a.minimum, a.scale_dtype, first + g, o);
-    for (int v = 0; v < kBlockVectors; ++v) {
-      const vf base = a.minimum ? load(o + v * kWidth) : zero();
-      store(o + v * kWidth, fnmadd(zero_point, load(s + v * kWidth), base));
-    }
+    widen_16(a.scale, a.scale_dtype, first + g, scale + g * kBlockRows);
+    widen_offset(a, first + g, a.zero, scale + g * kBlockRows, offset + g * kBlockRows);
   }
 }
 

@@ -37,6 +37,8 @@ constexpr int kUnitBytes = kBits == 8 && kDotBytes ? 128 : 64;
 constexpr int kUnpackedBytes = 128;  // once its nibbles stand in bytes
 constexpr int kUnitsAStep = 4;       // of 4-bit weights: the 32 columns that sums of 16 bits can hold
 
+constexpr int kPrefetchBytes = 2048;  // how far ahead of the weights: a microsecond's worth, nearly
+
 constexpr int64_t kMaxGroups = kInt8Segment / 32;  // in a segment
 // Tokens in a tile: as many as leave registers for the sums of 16 rows.
 constexpr int kTile = FASTLLM_ISA_LEVEL == 0 ? 1 : FASTLLM_ISA_LEVEL == 1 ? 4 : 8;
@@ -47,6 +49,17 @@ struct Unit {
   vi a, b;  // what the first and the last four bytes of activations multiply
 };
 
+// The high byte of each pair, as 16 bits.
+FASTLLM_INLINE vi odd_bytes(vi line) {
+#if FASTLLM_ISA_LEVEL >= 2
+  return {_mm512_srli_epi16(line.v, 8)};
+#elif FASTLLM_ISA_LEVEL == 1
+  return {_mm256_srli_epi16(line.v, 8)};
+#else
+  return {line.v >> 8 & 0x00ff00ff};
+#endif
+}
+
 template <int kBits>
 FASTLLM_INLINE Unit load_unit(const uint8_t* p, int v) {
   const vi line = load_int(p + v * 4 * kWidth);
@@ -56,13 +69,20 @@ FASTLLM_INLINE Unit load_unit(const uint8_t* p, int v) {
   } else if constexpr (kDotBytes) {
     return {line, load_int(p + kLineBytes + v * 4 * kWidth)};
   } else {
-    const vi even = set1_int(0x00ff00ff);
-    return {line & even, shift_right<8>(line) & even};
+    return {line & set1_int(0x00ff00ff), odd_bytes(line)};
   }
 }
 
 FASTLLM_INLINE Unit load_unpacked(const uint8_t* p, int v) {
   return {load_int(p + v * 4 * kWidth), load_int(p + kLineBytes + v * 4 * kWidth)};
+}
+
+// Keeps the compiler from adding products to each other before the sum, which takes registers that AVX2 does not have.
+FASTLLM_INLINE vi in_place(vi sum) {
+#if FASTLLM_ISA_LEVEL == 1
+  asm("" : "+x"(sum.v));
+#endif
+  return sum;
 }
 
 template <int kBits>
@@ -77,8 +97,8 @@ FASTLLM_INLINE vi dot(vi sum, vi w, const int8_t* x) {
   return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(w.v, xs))};
 #elif FASTLLM_ISA_LEVEL == 1
   const __m256i xs = _mm256_set1_epi32(four);
-  if constexpr (kNarrowSums<kBits>) return {_mm256_add_epi16(sum.v, _mm256_maddubs_epi16(w.v, xs))};
-  return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(w.v, xs))};
+  if constexpr (kNarrowSums<kBits>) return in_place({_mm256_add_epi16(sum.v, _mm256_maddubs_epi16(w.v, xs))});
+  return in_place({_mm256_add_epi32(sum.v, _mm256_madd_epi16(w.v, xs))});
 #else
   int32_t total = 0;
   for (int j = 0; j < 4; ++j) total += static_cast<int32_t>(w.v >> (8 * j) & 255) * x[j];
@@ -158,36 +178,72 @@ struct Segment {
   const int8_t* x;               // the first token's; the others x_stride bytes apart
   const ActivationGroup* group;  // the first token's first; the other tokens' group_stride apart
   const float* scale;            // (groups, 16)
-  const float* minimum;          // likewise, or null
+  const float* offset;           // likewise: the minimum, or null; with sums of 16 bits minimum - zero * scale, never null
   int64_t x_stride, group_stride;
   int64_t units, units_a_group;
   float* sums;  // (tokens, 16), added to
 };
 
 template <int kBits, int kTokens, bool kUnpacked>
-FASTLLM_INLINE void add_units(const uint8_t*& weights, const int8_t*& x, int64_t x_stride, int64_t units,
-                              vi (&sums)[kTokens][kBlockVectors]) {
-  for (int64_t u = 0; u < units; ++u) {
+FASTLLM_INLINE void add_unit(const uint8_t*& weights, const int8_t*& x, int64_t x_stride,
+                             vi (&sums)[kTokens][kBlockVectors]) {
+  Unit w[kBlockVectors];
+#pragma GCC unroll 16
+  for (int v = 0; v < kBlockVectors; ++v) {
+    w[v] = kUnpacked ? load_unpacked(weights, v) : load_unit<kBits>(weights, v);
+  }
+  if constexpr (!kUnpacked) __builtin_prefetch(weights + kPrefetchBytes);
+  // Tokens outside, so that few registers hold activations.
+#pragma GCC unroll 16
+  for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 16
     for (int v = 0; v < kBlockVectors; ++v) {
-      const Unit w = kUnpacked ? load_unpacked(weights, v) : load_unit<kBits>(weights, v);
-#pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) {
-        sums[t][v] = dot<kBits>(sums[t][v], w.a, x + t * x_stride);
-        sums[t][v] = dot<kBits>(sums[t][v], w.b, x + t * x_stride + 4);
-      }
+      sums[t][v] = dot<kBits>(sums[t][v], w[v].a, x + t * x_stride);
+      sums[t][v] = dot<kBits>(sums[t][v], w[v].b, x + t * x_stride + 4);
     }
-    weights += kUnpacked ? kUnpackedBytes : kUnitBytes<kBits>;
-    x += 8;
   }
+  weights += kUnpacked ? kUnpackedBytes : kUnitBytes<kBits>;
+  x += 8;
 }
 
 template <int kBits, int kTokens, bool kUnpacked>
-void add_tile(const Segment& s) {
+FASTLLM_INLINE void add_units(const uint8_t*& weights, const int8_t*& x, int64_t x_stride, int64_t units,
+                              vi (&sums)[kTokens][kBlockVectors]) {
+#pragma GCC unroll 1
+  for (int64_t u = 0; u < units; ++u) add_unit<kBits, kTokens, kUnpacked>(weights, x, x_stride, sums);
+}
+
+// The integer sums of one group, in 32 bits.
+template <int kBits, int kTokens, bool kUnpacked>
+FASTLLM_INLINE void add_group(const uint8_t*& weights, const int8_t*& x, int64_t x_stride, int64_t units,
+                              vi (&sums)[kTokens][kBlockVectors]) {
+  if constexpr (!kNarrowSums<kBits>) {
+    add_units<kBits, kTokens, kUnpacked>(weights, x, x_stride, units, sums);
+  } else {
+    for (; units > 0; units -= kUnitsAStep) {
+      vi narrow[kTokens][kBlockVectors];
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kBlockVectors; ++v) narrow[t][v] = set1_int(0);
+      }
+      add_units<kBits, kTokens, kUnpacked>(weights, x, x_stride, units < kUnitsAStep ? units : kUnitsAStep, narrow);
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kBlockVectors; ++v) sums[t][v] = sums[t][v] + widen_pairs(narrow[t][v]);
+      }
+    }
+  }
+}
+
+// kOneStep: a group is a step, of which sums of 16 bits are all there is.
+template <int kBits, int kTokens, bool kUnpacked, bool kOneStep>
+FASTLLM_INLINE void add_groups(const Segment& s) {
   const uint8_t* weights = s.weights;
   const int8_t* x = s.x;
   const ActivationGroup* group = s.group;
-  const float *scale = s.scale, *minimum = s.minimum;
+  const float *scale = s.scale, *offset = s.offset;
   vf totals[kTokens][kBlockVectors];
 #pragma GCC unroll 16
   for (int t = 0; t < kTokens; ++t) {
@@ -195,55 +251,48 @@ void add_tile(const Segment& s) {
     for (int v = 0; v < kBlockVectors; ++v) totals[t][v] = zero();
   }
   for (int64_t left = s.units; left > 0; left -= s.units_a_group) {
-    int64_t units = left < s.units_a_group ? left : s.units_a_group;
     vi sums[kTokens][kBlockVectors];
 #pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) {
+      const vi start = set1_int(kNarrowSums<kBits> ? 0 : group[t * s.group_stride].zero_part);
 #pragma GCC unroll 16
-      for (int v = 0; v < kBlockVectors; ++v) sums[t][v] = set1_int(group[t * s.group_stride].zero_part);
+      for (int v = 0; v < kBlockVectors; ++v) sums[t][v] = start;
     }
-    if constexpr (kNarrowSums<kBits>) {
-      while (units > 0) {
-        vi narrow[kTokens][kBlockVectors];
+    if constexpr (kOneStep) {
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnitsAStep; ++u) add_unit<kBits, kTokens, kUnpacked>(weights, x, s.x_stride, sums);
 #pragma GCC unroll 16
-        for (int t = 0; t < kTokens; ++t) {
+      for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 16
-          for (int v = 0; v < kBlockVectors; ++v) narrow[t][v] = set1_int(0);
-        }
-        if (units >= kUnitsAStep) {
-          add_units<kBits, kTokens, kUnpacked>(weights, x, s.x_stride, kUnitsAStep, narrow);
-        } else {
-          add_units<kBits, kTokens, kUnpacked>(weights, x, s.x_stride, units, narrow);
-        }
-        units -= kUnitsAStep;
-#pragma GCC unroll 16
-        for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 16
-          for (int v = 0; v < kBlockVectors; ++v) sums[t][v] = sums[t][v] + widen_pairs(narrow[t][v]);
-        }
+        for (int v = 0; v < kBlockVectors; ++v) sums[t][v] = widen_pairs(sums[t][v]);
       }
     } else {
-      add_units<kBits, kTokens, kUnpacked>(weights, x, s.x_stride, units, sums);
+      const int64_t units = left < s.units_a_group ? left : s.units_a_group;
+      add_group<kBits, kTokens, kUnpacked>(weights, x, s.x_stride, units, sums);
     }
 #pragma GCC unroll 16
     for (int v = 0; v < kBlockVectors; ++v) {
       const vf ws = load(scale + v * kWidth);
+      const vf wo = kNarrowSums<kBits> ? load(offset + v * kWidth) : ws;
 #pragma GCC unroll 16
       for (int t = 0; t < kTokens; ++t) {
-        totals[t][v] = fmadd(to_float(sums[t][v]) * ws, set1(group[t * s.group_stride].scale), totals[t][v]);
+        const ActivationGroup& of = group[t * s.group_stride];
+        vf total = fmadd(to_float(sums[t][v]) * ws, set1(of.scale), totals[t][v]);
+        if constexpr (kNarrowSums<kBits>) total = fmadd(wo, set1(of.sum), total);
+        totals[t][v] = total;
       }
     }
-    if (minimum) {
+    if (!kNarrowSums<kBits> && offset) {
 #pragma GCC unroll 16
       for (int v = 0; v < kBlockVectors; ++v) {
-        const vf wm = load(minimum + v * kWidth);
+        const vf wo = load(offset + v * kWidth);
 #pragma GCC unroll 16
         for (int t = 0; t < kTokens; ++t) {
-          totals[t][v] = fmadd(wm, set1(group[t * s.group_stride].sum), totals[t][v]);
+          totals[t][v] = fmadd(wo, set1(group[t * s.group_stride].sum), totals[t][v]);
         }
       }
-      minimum += kBlockRows;
     }
+    if (offset) offset += kBlockRows;
     scale += kBlockRows;
     ++group;
   }
@@ -254,6 +303,15 @@ void add_tile(const Segment& s) {
       float* to = s.sums + t * kBlockRows + v * kWidth;
       store(to, load(to) + totals[t][v]);
     }
+  }
+}
+
+template <int kBits, int kTokens, bool kUnpacked>
+void add_tile(const Segment& s) {
+  if (kNarrowSums<kBits> && s.units_a_group == kUnitsAStep) {
+    add_groups<kBits, kTokens, kUnpacked, kNarrowSums<kBits>>(s);
+  } else {
+    add_groups<kBits, kTokens, kUnpacked, false>(s);
   }
 }
 
@@ -290,11 +348,13 @@ void multiply_blocks(const QuantMatmulArgs& a, const int8_t* x, const Activation
                      int64_t tokens, int64_t begin, int64_t end) {
   constexpr int kBytes = kWideActivations<kBits> ? 2 : 1;
   alignas(64) float sums[kMaxTokens * kBlockRows];
-  alignas(64) float scale[kMaxGroups * kBlockRows], minimum[kMaxGroups * kBlockRows];
+  alignas(64) float scale[kMaxGroups * kBlockRows], offset[kMaxGroups * kBlockRows];
   alignas(64) uint8_t unpacked[kBits == 4 ? kInt8Segment / kUnitColumns<4> * kUnpackedBytes : 1];
   const int64_t act_group = activation_group(a.group_size), act_groups = (a.K + act_group - 1) / act_group;
   const int64_t weight_groups = a.K / a.group_size, block_bytes = padded_k(a.K) * kBlockRows * a.bits / 8;
   const bool unpack = kBits == 4 && tokens > kTile;
+  // Sums of 32 bits start from zero's part, exactly and for nothing. For those of 16 bits it joins the minimum.
+  const bool has_offset = a.minimum != nullptr || kNarrowSums<kBits>;
   for (int64_t block = begin; block < end; ++block) {
     std::memset(sums, 0, static_cast<size_t>(tokens * kBlockRows) * sizeof(float));
     for (int64_t k = 0; k < a.K; k += kInt8Segment) {
@@ -304,7 +364,8 @@ void multiply_blocks(const QuantMatmulArgs& a, const int8_t* x, const Activation
         // A group of activations lies within one group of weights.
         const int64_t at = block * weight_groups + (k + g * act_group) / a.group_size;
         widen_16(a.scale, a.scale_dtype, at, scale + g * kBlockRows);
-        if (a.minimum) widen_16(a.minimum, a.scale_dtype, at, minimum + g * kBlockRows);
+        if (!has_offset) continue;
+        widen_offset(a, at, kNarrowSums<kBits> ? a.zero : 0, scale + g * kBlockRows, offset + g * kBlockRows);
       }
       Segment s;
       s.weights = a.data + block * block_bytes + k * kBlockRows * a.bits / 8;
@@ -313,7 +374,7 @@ void multiply_blocks(const QuantMatmulArgs& a, const int8_t* x, const Activation
       s.group = groups + k / act_group;
       s.group_stride = act_groups;
       s.scale = scale;
-      s.minimum = a.minimum ? minimum : nullptr;
+      s.offset = has_offset ? offset : nullptr;
       s.units = padded_k(count) / kUnitColumns<kBits>;
       s.units_a_group = act_group / kUnitColumns<kBits>;
       s.sums = sums;

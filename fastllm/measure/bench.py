@@ -44,8 +44,10 @@ __all__ = ["COLUMNS", "RIVALS", "Row", "bench_case", "checked_rivals", "commit",
 
 RIVALS = ("torch", "compile")
 MAX_SETS = 20_000  # of arguments, for a cold row: smaller calls than this makes room for cost nothing but their overhead
-_MEASURED = ("median_us", "p20_us", "p80_us", "host_us", "rate", "limit", "pct_of_limit", "torch_us", "compile_us")
-_MEASURED += ("vs_torch", "vs_best")
+_MEASURED = (
+    *("median_us", "p20_us", "p80_us", "host_us", "rate", "limit", "pct_of_limit"),
+    *("torch_us", "compile_us", "vs_torch", "vs_best"),
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def commit() -> str | None:
 
 
 def checked_rivals(names: Sequence[str]) -> tuple[str, ...]:
-    """"torch" and "compile". Raises ValueError for another."""
+    """ "torch" and "compile". Raises ValueError for another."""
     for name in names:
         if name not in RIVALS:
             raise value_error("bench", "--rivals", name, "torch, compile or both: torch,compile")
@@ -130,9 +132,7 @@ def bench_case(
         seconds: the budget of a row.
     """
     before = torch.get_num_threads()
-    names = dict.fromkeys(
-        b.name for op, _ in ops_reached(spec.call, (), expected(spec, case).inputs) for b in op.backends
-    )
+    names = dict.fromkeys(b.name for op, _ in ops_reached(spec.call, (), expected(spec, case).inputs) for b in op.backends)
     rows: list[Row] = []
     try:
         for count in threads or (before,):
@@ -146,9 +146,7 @@ def bench_case(
     return rows
 
 
-def _rows(
-    spec: OpCases, case: Case, backend: str, isa: str, rivals: Sequence[str], cold: bool, seconds: float
-) -> list[Row]:
+def _rows(spec: OpCases, case: Case, backend: str, isa: str, rivals: Sequence[str], cold: bool, seconds: float) -> list[Row]:
     """Warm, and if asked cold. A list, not a generator: the forced backend must not be seen by whoever takes the rows."""
     threads, device = torch.get_num_threads(), device_of(backend)
     inputs = to_device(expected(spec, case).inputs, device)
@@ -284,7 +282,21 @@ def measured_limits(isa: str, threads: int) -> Limits:
 
 # ---------------------------------------------------------------- the tables
 
-COLUMNS = ("shape", "dtype", "on", "us", "p20-p80", "host", "rate", "of limit", "torch", "compile", "vs torch", "vs best", "right")
+COLUMNS = (
+    "shape",
+    "dtype",
+    "on",
+    "us",
+    "p20-p80",
+    "host",
+    "rate",
+    "of limit",
+    "torch",
+    "compile",
+    "vs torch",
+    "vs best",
+    "right",
+)
 
 
 def tables(rows: Sequence[Row]) -> dict[str, list[list[Any]]]:

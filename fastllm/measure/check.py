@@ -40,7 +40,8 @@ class Verdict:
     @classmethod
     def failed(cls, why: str) -> Verdict:
         """There is nothing to measure: a wrong shape, a NaN, an exception."""
-        return cls(False, *[float("nan")] * 6, why)
+        nothing = float("nan")
+        return cls(False, nothing, nothing, nothing, nothing, nothing, nothing, why)
 
 
 def _share(error: float, bound: float) -> float:
@@ -73,7 +74,9 @@ def _not_finite(y: Tensor, r: Tensor, p: Tensor) -> str:
     differ = (y.isfinite() != r.isfinite()) & (y.isfinite() != p.isfinite())
     differ |= y.isnan() & ~r.isnan() & ~p.isnan()
     if bool(differ.any()):
-        return f"{int(differ.sum())} elements are not finite where they should be, or the reverse; one at {_worst(differ.int())}"
+        return (
+            f"{int(differ.sum())} elements are not finite where they should be, or the reverse; one at {_worst(differ.int())}"
+        )
     if bool((y.sign() != r.sign())[r.isinf() & y.isinf()].any()):
         return "an infinity has the wrong sign"
     return ""

@@ -126,16 +126,13 @@ def limits(isa: str | None = None, threads: int | None = None, fresh: bool = Fal
     if threads < 1:
         raise value_error("limits", "threads", threads, "at least 1")
     key = f"{info()['processor']}, {os.cpu_count()} cores, {isa}, {threads} threads"
-    if fresh:
-        found = _measure(module, isa, threads, seconds)
-    elif (isa, threads) in _measured:
+    if not fresh and (isa, threads) in _measured:
         return _measured[isa, threads]
-    else:
-        kept = _kept().get(key)
-        try:
-            found = Limits(**kept)
-        except TypeError:  # nothing kept, or by another version
-            found = _measure(module, isa, threads, seconds)
+    found = None
+    if not fresh:
+        with contextlib.suppress(KeyError, TypeError):  # nothing kept, or by another version
+            found = Limits(**_kept()[key])
+    found = found or _measure(module, isa, threads, seconds)
     _measured[isa, threads] = found
     with contextlib.suppress(OSError):  # a read-only home is no reason to fail
         cache_file().parent.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,7 @@ def all_cases() -> dict[str, OpCases]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """"bf16" rather than "torch.bfloat16"."""
+    """ "bf16" rather than "torch.bfloat16"."""
     return next((short for short, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
 
@@ -298,9 +298,7 @@ def _run(spec: OpCases, case: Case, backend: str, isa: str) -> Result:
     return _result(spec, case, backend, isa, verdict.ok, verdict, time.perf_counter() - start)
 
 
-def _result(
-    spec: OpCases, case: Case, backend: str, isa: str, ok: bool | None, verdict: Verdict, seconds: float
-) -> Result:
+def _result(spec: OpCases, case: Case, backend: str, isa: str, ok: bool | None, verdict: Verdict, seconds: float) -> Result:
     return Result(
         op=spec.op,
         backend=backend,

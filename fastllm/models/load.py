@@ -59,7 +59,9 @@ def load(
         raise value_error("load", "context", context, f"from 1 to {config.max_positions}, the model's own")
     for what in ("o_bias", "mlp_bias"):
         if getattr(config, what):
-            raise NotImplementedError(f"load: the checkpoint has {what}, expected none (of the biases, only qkv_bias is served)")
+            raise NotImplementedError(
+                f"load: the checkpoint has {what}, expected none (of the biases, only qkv_bias is served)"
+            )
     bits = {None: None, "int8": 8, "int4": 4}[weights]
     builder = _Builder(checkpoint.tensors, config, dtype, bits, group_size)
     model_weights = builder.weights()

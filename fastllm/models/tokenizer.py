@@ -17,10 +17,10 @@ from fastllm.errors import type_error, value_error
 __all__ = ["StreamDecoder", "Tokenizer", "tokenizer_from_gguf", "tokenizer_from_hf"]
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # What llama.cpp does where a file names no pre-tokeniser: each pattern splits what the one before left.
 DEFAULT_SPLITS = (r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]")
 PRE_TOKENIZERS = {
@@ -90,9 +90,7 @@ class Tokenizer:
         """A decoder to which ids are pushed one by one."""
         return StreamDecoder(self, skip_special_tokens)
 
-    def apply_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
-    ) -> str:
+    def apply_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
         """Render messages ({"role": ..., "content": ...}) with the model's chat template.
 
         Encode the result with ``add_special_tokens=False``: a template writes its BOS itself.
@@ -107,9 +105,7 @@ class Tokenizer:
             "tools": None,
             **variables,
         }
-        return _render(
-            self.chat_template, messages=list(messages), add_generation_prompt=add_generation_prompt, **variables
-        )
+        return _render(self.chat_template, messages=list(messages), add_generation_prompt=add_generation_prompt, **variables)
 
     def _text(self, id: int | None) -> str:
         token = None if id is None else self.backend.id_to_token(id)
@@ -193,9 +189,7 @@ def tokenizer_from_gguf(
         raise value_error(op, f"tokenizer.ggml.tokens of {where}", "missing or no list of strings", "a vocabulary")
     types = get("token_type", list, [1] * len(tokens))
     if len(types) != len(tokens):
-        raise value_error(
-            op, f"tokenizer.ggml.token_type of {where}", f"{len(types)} long", f"{len(tokens)}, as tokens"
-        )
+        raise value_error(op, f"tokenizer.ggml.token_type of {where}", f"{len(types)} long", f"{len(tokens)}, as tokens")
     vocab = {token: id for id, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise value_error(op, f"tokenizer.ggml.tokens of {where}", "repeating itself", "each token once")
@@ -316,9 +310,7 @@ def _sentencepiece_bpe(
     space = [normalizers.Prepend("\u2581")] if add_space_prefix else []
     backend.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "\u2581")])
     strip = [decoders.Strip(" ", 1, 0)] if add_space_prefix else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return backend
 
 

@@ -72,9 +72,7 @@ class _Watch(TorchDispatchMode):
         return op.fake(*prepared)
 
 
-def ops_reached(
-    call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> list[tuple[Op, tuple[Any, ...]]]:
+def ops_reached(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Op, tuple[Any, ...]]]:
     """The registered ops that a public function would call, with their prepared arguments; nothing is computed.
 
     An active dispatch mode closes the direct door, so every call comes by the registered one, where it can be seen.

@@ -52,7 +52,9 @@ def build(variant: str) -> Path:
     for file in (ROOT / "fastllm").iterdir():
         if file.suffix != ".so" and file.name != "__pycache__":
             (package / file.name).symlink_to(file)
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", work / "temp", "--build-lib", work / "package"]
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(package.parent)]
+    if variant != "emulate":  # which shares the real build's objects but for the emulated ones
+        command += ["--build-temp", str(work / "temp")]
     subprocess.run(command, cwd=ROOT, env={**os.environ, **BUILD[variant]}, check=True)
     return package.parent
 

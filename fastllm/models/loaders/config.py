@@ -89,14 +89,10 @@ class ModelConfig:
         _check_int("max_positions", self.max_positions, 1, MAX_POSITIONS)
         _check_int("num_heads * head_dim", self.num_heads * self.head_dim, 1, MAX_SIZE)
         if self.num_heads % self.num_kv_heads:
-            raise value_error(
-                "ModelConfig", "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads = {self.num_heads}"
-            )
+            raise value_error("ModelConfig", "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads = {self.num_heads}")
         _check_int("rotary_dim", self.rotary_dim, 2, self.head_dim)
         if self.rotary_dim % 2:
-            raise value_error(
-                "ModelConfig", "rotary_dim", self.rotary_dim, "an even number", "features rotate in pairs"
-            )
+            raise value_error("ModelConfig", "rotary_dim", self.rotary_dim, "an even number", "features rotate in pairs")
         _check_number("rms_norm_eps", self.rms_norm_eps, 0.0, 1.0)
         _check_number("rope_theta", self.rope_theta, 1.0, 1e15)
         if self.sliding_window is not None:

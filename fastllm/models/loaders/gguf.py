@@ -276,9 +276,7 @@ def _hf_names(file: GGUFFile) -> dict[str, str]:
         match = re.fullmatch(r"(?:blk\.(0|[1-9]\d{0,5})\.)?(\w+)\.(weight|bias)", stored, re.ASCII)
         table = MODEL_NAMES if match is None or match[1] is None else LAYER_NAMES
         if match is None or match[2] not in table:
-            raise value_error(
-                "read_checkpoint", f"a tensor in {file.path}", brief(stored), "a tensor of a llama or qwen model"
-            )
+            raise value_error("read_checkpoint", f"a tensor in {file.path}", brief(stored), "a tensor of a llama or qwen model")
         prefix = "" if match[1] is None else f"model.layers.{match[1]}."
         names[f"{prefix}{table[match[2]]}.{match[3]}"] = stored
     return names
@@ -299,9 +297,7 @@ def _config(file: GGUFFile, names: dict[str, str]) -> ModelConfig:
 
     for key in FOREIGN_KEYS:
         if get(key):
-            raise value_error(
-                op, f"{stored_architecture}.{key} of {path}", brief(get(key)), "none", "it is not supported"
-            )
+            raise value_error(op, f"{stored_architecture}.{key} of {path}", brief(get(key)), "none", "it is not supported")
     hidden_size, num_heads = get("embedding_length", required=True), get("attention.head_count", required=True)
     num_layers = get("block_count", required=True)
     head_dim = get("attention.key_length")

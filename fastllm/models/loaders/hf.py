@@ -19,9 +19,7 @@ __all__ = ["open_hf", "read_json"]
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Buffers that old checkpoints carry and that follow from the config.
-DERIVED = re.compile(
-    r"(model\.layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|model\.rotary_emb\..*"
-)
+DERIVED = re.compile(r"(model\.layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|model\.rotary_emb\..*")
 
 
 def open_hf(path: Path) -> tuple[ModelConfig, TensorMap]:
@@ -83,9 +81,7 @@ def _shards(path: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
-            raise value_error(
-                op, f"file of {brief(name)} in {index}", brief(file), "the name of a file beside the index"
-            )
+            raise value_error(op, f"file of {brief(name)} in {index}", brief(file), "the name of a file beside the index")
         files[name] = path / file
         if not files[name].is_file():
             raise missing_file(f"the shard of {brief(name)}", files[name])
@@ -114,9 +110,7 @@ def _read_tensor(file: Path, name: str, shape: tuple[int, ...]) -> Tensor:
     if tensor.dtype not in DTYPES.values():
         raise dtype_error("read_checkpoint", f"{name} in {file}", tensor.dtype, " or ".join(DTYPES))
     if tuple(tensor.shape) != shape:
-        raise value_error(
-            "read_checkpoint", f"shape of {name} in {file}", tuple(tensor.shape), f"{shape}, as at opening"
-        )
+        raise value_error("read_checkpoint", f"shape of {name} in {file}", tuple(tensor.shape), f"{shape}, as at opening")
     return tensor
 
 
