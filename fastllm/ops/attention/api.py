@@ -37,7 +37,7 @@ def _prepare(
     _check.like("attention", "v", v, q.dtype, q.device, "q")
     if q.dim() != 4 or q.shape[1] == 0 or q.shape[3] == 0:
         raise shape_error("attention", "q", q.shape, "(B, H, T, D) with H and D of at least 1")
-    B, H, T, D = q.shape
+    B, H, _, D = q.shape
     if k.dim() != 4 or k.shape[0] != B or k.shape[3] != D:
         raise shape_error("attention", "k", k.shape, f"({B}, Hk, S, {D})", f"to match q {tuple(q.shape)}")
     Hk, S = k.shape[1], k.shape[2]
