@@ -5,6 +5,7 @@
 
 namespace fastllm::cpu {
 
+void bind_attention(py::module_& m);
 void bind_limits(py::module_& m);
 void bind_rms_norm(py::module_& m);
 
@@ -43,6 +44,7 @@ PYBIND11_MODULE(_cpu, m) {
   });
   // True if tensors cross through DLPack's C exchange API, false if through Python attributes.
   m.def("use_exchange_api", [](bool enabled) { return Boundary::get().use_exchange_api(enabled); });
+  bind_attention(m);
   bind_limits(m);
   bind_rms_norm(m);
 }
