@@ -228,3 +228,47 @@ def test_real_model_speaks(real):
     chat = real.generate([{"role": "user", "content": "Say hello."}], max_new_tokens=12)
     assert isinstance(chat, str)
     assert chat
+
+
+# ---------------------------------------------------------------- the recorded decode step
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral with a window", "qwen2", "qwen3"])
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_a_replayed_step_gives_the_bits_of_a_computed_one(name, activations, tmp_path):
+    from dataclasses import replace
+
+    from fastllm.generation.decode import DecodeStep
+    from fastllm.generation.loop import prefill
+    from fastllm.quant import quantize
+
+    save(ARCHITECTURES[name], tmp_path)
+    llama = fastllm.load(tmp_path, weights="int4", group_size=32, activations=activations).llama
+    w = llama.weights
+    llama.weights = replace(w, embedding=quantize(w.embedding, 8, 32).pack(), head=quantize(w.head, 8, 32).pack())
+    prompts = [ids_of(1, 37)[0].tolist(), ids_of(1, 11, seed=2)[0].tolist()]
+    caches = [llama.new_cache(2, 60) for _ in range(2)]
+    for cache in caches:
+        with torch.inference_mode():
+            prefill(llama, prompts, cache)
+    replayed, computed = DecodeStep(llama, caches[0]), DecodeStep(llama, caches[1])
+    computed._recordable = False
+    for step in range(20):
+        ids = [3 + step, 90 - step]
+        assert torch.equal(replayed(ids), computed(ids))
+        for cache in caches:
+            cache.lengths += 1
+    assert len(replayed._recording) == llama.kernel_calls
+    assert computed._recording is None
+
+
+def test_a_step_that_pytorch_helps_with_is_not_replayed(tmp_path):
+    from fastllm.generation.decode import DecodeStep
+
+    save(ARCHITECTURES["llama"], tmp_path)
+    llama = fastllm.load(tmp_path, weights="int8").llama  # embedding and head stay float
+    cache = llama.new_cache(1, 8)
+    step = DecodeStep(llama, cache)
+    first = step([5]).clone()
+    assert step._recording is None
+    assert not torch.equal(step([6]), first)

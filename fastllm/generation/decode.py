@@ -2,8 +2,8 @@
 
 A step of a given batch makes the same kernel calls on the same memory every time; ids, positions and lengths are read from
 tensors. So the first step runs with the compiled module writing its calls down, and the later ones only put the new numbers
-into those tensors and repeat the calls. What PyTorch itself would compute is not written down; a step that needs it (float
-matrices, the reference backend) is found out while recording, and then runs from Python each time.
+into those tensors and repeat the calls. What PyTorch itself computes is not written down: a step that needs it (float matrices,
+the reference backend) shows in the number of calls, and then runs from Python each time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends import cpu_module
 from ..nn.cache import Places
@@ -24,22 +23,12 @@ __all__ = ["DecodeStep", "Decoder"]
 class Decoder(Protocol):
     """What generation needs of a model."""
 
+    # How many kernels one call of hidden_states and one of head launch if every op is served by the compiled module.
+    kernel_calls: int
+
     def new_cache(self, batch: int, capacity: int) -> Any: ...
     def hidden_states(self, ids: Tensor, cache: Any, places: Places | None = None) -> Tensor: ...
     def head(self, hidden: Tensor) -> Tensor: ...
-
-
-class _NotRecordable(Exception):
-    pass
-
-
-class _KernelsOnly(TorchDispatchMode):
-    """Lets fastllm's ops and views through, and nothing that PyTorch would have to compute again."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != "fastllm" and not func.is_view:
-            raise _NotRecordable(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 class DecodeStep:
@@ -70,13 +59,8 @@ class DecodeStep:
             self._recording.replay()
             assert self._logits is not None
             return self._logits
-        if self._recordable:
-            try:
-                self._logits = self._record()
-                return self._logits
-            except _NotRecordable:  # nothing is lost: a step that is run twice writes the same keys to the same slots
-                self._recordable = False
-        return self._compute()
+        self._logits = self._record() if self._recordable else self._compute()
+        return self._logits
 
     def _compute(self) -> Tensor:
         return self._model.head(self._model.hidden_states(self._ids, self._cache, self._places)[:, -1])
@@ -85,9 +69,10 @@ class DecodeStep:
         recording: Any = cpu_module().Recording()  # type: ignore[union-attr]
         recording.start()
         try:
-            with _KernelsOnly():
-                logits = self._compute()
+            logits = self._compute()
         finally:
             recording.stop()
-        self._recording = recording
+        self._recordable = len(recording) == self._model.kernel_calls
+        if self._recordable:
+            self._recording = recording
         return logits

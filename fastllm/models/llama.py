@@ -72,6 +72,12 @@ class Llama:
         self.config, self.weights, self.rope = config, weights, rope
         self.dtype, self.activations, self.ops = dtype, activations, ops
 
+    @property
+    def kernel_calls(self) -> int:
+        """Kernels that ``hidden_states`` and ``head`` launch together where all of them are fastllm's."""
+        a_layer = 11 if self.config.qk_norm else 9
+        return 1 + a_layer * self.config.num_layers + 2  # the embedding before, the last norm and the head after
+
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         c = self.config
         return KVCache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, self.dtype)
