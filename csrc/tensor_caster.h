@@ -13,6 +13,7 @@
 
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "tensor.h"
 
@@ -192,6 +193,16 @@ inline void view_by_attributes(PyObject* object, TensorView& out) {
 
 }  // namespace fastllm
 
+namespace fastllm {
+
+// While a thread records kernel calls, every tensor that crosses is kept alive here: the calls point into it.
+inline std::vector<pybind11::object>*& keep_alive() {
+  static thread_local std::vector<pybind11::object>* tensors = nullptr;
+  return tensors;
+}
+
+}  // namespace fastllm
+
 namespace pybind11::detail {
 
 template <>
@@ -212,6 +223,7 @@ struct type_caster<fastllm::TensorView> {
     if (value.data == nullptr && value.numel() != 0) {
       fastllm::refuse_storage(source.ptr(), "this one (a meta, fake or functional tensor) has only a shape");
     }
+    if (auto* tensors = fastllm::keep_alive()) tensors->push_back(reinterpret_borrow<object>(source));
     return true;
   }
 };

@@ -1,6 +1,7 @@
 """fastllm: custom fused kernels for LLaMA-family models in PyTorch."""
 
 from .backends import info, use_backend
+from .integrations.transformers import accelerate
 from .models import load
 from .ops import (
     apply_rotary,
@@ -15,6 +16,7 @@ from .ops._explain import explain
 from .quant import quantize
 
 __all__ = [
+    "accelerate",
     "apply_rotary",
     "apply_rotary_cache",
     "attention",

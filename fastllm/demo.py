@@ -69,15 +69,17 @@ class FastllmEngine:
         prefill(self.model.llama, [ids], self.model.llama.new_cache(1, len(ids)))
 
     def decoder(self, ids: list[int]) -> Callable[[], int]:
+        from .generation.decode import DecodeStep
         from .generation.loop import prefill
 
         llama = self.model.llama
         cache = llama.new_cache(1, len(ids) + DECODE_TOKENS + 1)
         token = int(prefill(llama, [ids], cache)[0].argmax())
+        decode = DecodeStep(llama, cache)
 
         def step() -> int:
             nonlocal token
-            token = int(llama.head(llama.hidden_states(torch.tensor([[token]]), cache)[:, -1]).argmax())
+            token = int(decode([token])[0].argmax())
             cache.lengths += 1
             return token
 

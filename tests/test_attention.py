@@ -1,4 +1,4 @@
-"""What attention promises beyond its cases: both kernels agree, nothing leaks in from hidden keys, gradients, errors in words."""
+"""What attention promises beyond its cases: either kernel serves, hidden keys stay hidden, gradients, errors in words."""
 
 from __future__ import annotations
 
@@ -185,27 +185,27 @@ def _bad():
     q, k, v = _qkv(2, 4, 2, 3, 8, 16)
     lens = torch.tensor([8, 8])
     return {
-        "q is no tensor": (dict(q=[1.0]), TypeError, "attention: q is a list, expected a torch.Tensor"),
-        "q int": (dict(q=q.long()), TypeError, "attention: q has dtype torch.int64, expected"),
-        "q 3 dims": (dict(q=q[0]), ValueError, r"attention: q has shape \(4, 3, 16\), expected \(B, H, T, D\)"),
-        "k dtype": (dict(k=k.half()), TypeError, "attention: k has dtype torch.float16, expected torch.float32"),
-        "k batch": (dict(k=k[:1]), ValueError, r"attention: k has shape \(1, 2, 8, 16\), expected \(2, Hk, S, 16\)"),
-        "k heads": (dict(k=k[:, :1].expand(2, 3, 8, 16)), ValueError, "a number of heads that divides 4"),
-        "k no heads": (dict(k=k[:, :0]), ValueError, "a number of heads that divides 4"),
-        "v shape": (dict(v=v[:, :, :7]), ValueError, r"attention: v has shape .*, expected \(2, 2, 8, 16\)"),
-        "causal": (dict(causal=torch.ones(3, 8)), TypeError, "attention: causal is a Tensor, expected True or False"),
-        "scale": (dict(scale=math.nan), ValueError, "attention: scale is nan, expected a finite number"),
-        "window 0": (dict(window=0), ValueError, "attention: window is 0, expected at least 1 token"),
-        "softcap": (dict(softcap=-1.0), ValueError, "attention: softcap is -1.0, expected a finite number above 0"),
-        "mask dtype": (dict(mask=torch.ones(3, 8).long()), TypeError, "attention: mask has dtype torch.int64"),
-        "mask shape": (dict(mask=torch.ones(2, 3, 8)), ValueError, r"expected a shape that broadcasts to \(2, 4, 3, 8\)"),
-        "mask 5 dims": (dict(mask=torch.ones(1, 1, 1, 3, 8)), ValueError, "expected a shape that broadcasts"),
-        "kv_lens dtype": (dict(kv_lens=lens.float()), TypeError, "attention: kv_lens has dtype torch.float32"),
-        "kv_lens shape": (dict(kv_lens=lens[:1]), ValueError, r"attention: kv_lens has shape \(1,\), expected \(2,\)"),
-        "kv_lens range": (dict(kv_lens=lens + 1), ValueError, r"attention: kv_lens\[0\] is 9, expected 0 to 8"),
-        "kv_lens negative": (dict(kv_lens=-lens), ValueError, r"attention: kv_lens\[0\] is -8, expected 0 to 8"),
-        "sinks shape": (dict(sinks=torch.ones(2)), ValueError, r"attention: sinks has shape \(2,\), expected \(4,\)"),
-        "sinks dtype": (dict(sinks=torch.ones(4).half()), TypeError, "attention: sinks has dtype torch.float16"),
+        "q is no tensor": ({"q": [1.0]}, TypeError, "attention: q is a list, expected a torch.Tensor"),
+        "q int": ({"q": q.long()}, TypeError, "attention: q has dtype torch.int64, expected"),
+        "q 3 dims": ({"q": q[0]}, ValueError, r"attention: q has shape \(4, 3, 16\), expected \(B, H, T, D\)"),
+        "k dtype": ({"k": k.half()}, TypeError, "attention: k has dtype torch.float16, expected torch.float32"),
+        "k batch": ({"k": k[:1]}, ValueError, r"attention: k has shape \(1, 2, 8, 16\), expected \(2, Hk, S, 16\)"),
+        "k heads": ({"k": k[:, :1].expand(2, 3, 8, 16)}, ValueError, "a number of heads that divides 4"),
+        "k no heads": ({"k": k[:, :0]}, ValueError, "a number of heads that divides 4"),
+        "v shape": ({"v": v[:, :, :7]}, ValueError, r"attention: v has shape .*, expected \(2, 2, 8, 16\)"),
+        "causal": ({"causal": torch.ones(3, 8)}, TypeError, "attention: causal is a Tensor, expected True or False"),
+        "scale": ({"scale": math.nan}, ValueError, "attention: scale is nan, expected a finite number"),
+        "window 0": ({"window": 0}, ValueError, "attention: window is 0, expected at least 1 token"),
+        "softcap": ({"softcap": -1.0}, ValueError, "attention: softcap is -1.0, expected a finite number above 0"),
+        "mask dtype": ({"mask": torch.ones(3, 8).long()}, TypeError, "attention: mask has dtype torch.int64"),
+        "mask shape": ({"mask": torch.ones(2, 3, 8)}, ValueError, r"expected a shape that broadcasts to \(2, 4, 3, 8\)"),
+        "mask 5 dims": ({"mask": torch.ones(1, 1, 1, 3, 8)}, ValueError, "expected a shape that broadcasts"),
+        "kv_lens dtype": ({"kv_lens": lens.float()}, TypeError, "attention: kv_lens has dtype torch.float32"),
+        "kv_lens shape": ({"kv_lens": lens[:1]}, ValueError, r"attention: kv_lens has shape \(1,\), expected \(2,\)"),
+        "kv_lens range": ({"kv_lens": lens + 1}, ValueError, r"attention: kv_lens\[0\] is 9, expected 0 to 8"),
+        "kv_lens negative": ({"kv_lens": -lens}, ValueError, r"attention: kv_lens\[0\] is -8, expected 0 to 8"),
+        "sinks shape": ({"sinks": torch.ones(2)}, ValueError, r"attention: sinks has shape \(2,\), expected \(4,\)"),
+        "sinks dtype": ({"sinks": torch.ones(4).half()}, TypeError, "attention: sinks has dtype torch.float16"),
     }
 
 

@@ -37,7 +37,7 @@ constexpr int kPanelVecs = 4, kKeys = 2, kOutRows = 4, kOutVecs = 2;
 constexpr int64_t kPanel = kPanelVecs * kWidth;
 constexpr int64_t kBlock = 64;     // K and V of a block at D = 64 are 16 KiB each: half of L1, or a little of L2
 constexpr int64_t kMaxPanels = 4;  // of a task: widening a block of K and V then costs 1/40 of the work on it
-constexpr int64_t kRun = 32;
+constexpr int64_t kRun = kWidth == 1 ? 8 : 32;  // without FMA each step rounds twice
 static_assert(kPanel % kOutRows == 0 && kBlock % kKeys == 0, "tiles divide panels and blocks");
 
 // Scratch of one thread.

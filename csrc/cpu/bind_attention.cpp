@@ -60,8 +60,7 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v, co
   a.scale = scale;
   a.softcap = softcap;
   a.threads = threads;
-  py::gil_scoped_release release;
-  kernel(a);
+  launch([a] { kernel(a); });
 }
 
 }  // namespace

@@ -42,8 +42,7 @@ void bind_embedding(py::module_& m) {
         a.bits = bits;
         a.zero = zero;
         a.threads = threads;
-        py::gil_scoped_release release;
-        embedding_kernel(a);
+        launch([a] { embedding_kernel(a); });
       },
       "(ids, data, scale, minimum, y, N, K, bits, group_size, zero, threads): fills y");
   declare_rungs(m, "embedding", embedding_kernel);

@@ -9,7 +9,8 @@ namespace fastllm::cpu {
 
 namespace {
 
-// 64-byte aligned memory, freed whatever happens. PyTorch would allocate for about a microsecond; this is a tenth of it.
+// 64-byte aligned memory, freed whatever happens. PyTorch would allocate for about a microsecond; this is a tenth of
+// it.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes)
@@ -49,8 +50,8 @@ void bind_quant_matmul(py::module_& m) {
         FASTLLM_CHECK(is_scale(scale) && (!minimum || is_scale(*minimum)),
                       "quant_matmul: scale and minimum must be contiguous, of one dtype, in layout x16 of (", N, ", ",
                       K, ") with groups of ", group_size);
-        FASTLLM_CHECK(x.dtype == DType::f32 || x.dtype == DType::bf16 || x.dtype == DType::f16,
-                      "quant_matmul: x is ", name(x.dtype), ", expected float32, bfloat16 or float16");
+        FASTLLM_CHECK(x.dtype == DType::f32 || x.dtype == DType::bf16 || x.dtype == DType::f16, "quant_matmul: x is ",
+                      name(x.dtype), ", expected float32, bfloat16 or float16");
         FASTLLM_CHECK(x.ndim >= 1 && x.size(-1) == K, "quant_matmul: the last dim of x must be ", K);
         FASTLLM_CHECK(x.stride(-1) == 1 || K == 1, "quant_matmul: x has stride ", x.stride(-1),
                       " in its last dim, expected 1");
@@ -75,10 +76,12 @@ void bind_quant_matmul(py::module_& m) {
         a.bits = bits;
         a.zero = zero;
         a.threads = threads;
-        Scratch scratch(int8_activations ? quant_matmul_int8_scratch(a.M, K) : quant_matmul_float_scratch(a.M, K));
-        a.scratch = scratch.get();
-        py::gil_scoped_release release;
-        int8_activations ? quant_matmul_int8_kernel(a) : quant_matmul_float_kernel(a);
+        launch([a, int8_activations]() mutable {
+          Scratch scratch(int8_activations ? quant_matmul_int8_scratch(a.M, a.K)
+                                           : quant_matmul_float_scratch(a.M, a.K));
+          a.scratch = scratch.get();
+          int8_activations ? quant_matmul_int8_kernel(a) : quant_matmul_float_kernel(a);
+        });
       },
       "(x, data, scale, minimum, bias, y, N, K, bits, group_size, zero, int8_activations, threads): fills y");
   declare_rungs(m, "quant_matmul float", quant_matmul_float_kernel);

@@ -75,8 +75,7 @@ void bind_rotary(py::module_& m) {
         a.tensors[0] = rotary_tensor(q, q_out, true, false);
         a.tensors[1] = rotary_tensor(k, k_out, true, false);
         a.num_tensors = 2;
-        py::gil_scoped_release release;
-        rotary_kernel(a);
+        launch([a] { rotary_kernel(a); });
       },
       "(q, k, cos, sin, q_out, k_out, interleaved, threads): fills q_out and k_out");
   m.def(
@@ -98,8 +97,7 @@ void bind_rotary(py::module_& m) {
         a.tensors[1] = rotary_tensor(k, k_cache, true, true);
         a.tensors[2] = rotary_tensor(v, v_cache, false, true);
         a.num_tensors = 3;
-        py::gil_scoped_release release;
-        rotary_kernel(a);
+        launch([a] { rotary_kernel(a); });
       },
       "(q, k, v, cos, sin, q_out, k_cache, v_cache, positions, slots, interleaved, threads): fills q_out, writes k and "
       "v to their slots");

@@ -57,6 +57,15 @@ PYBIND11_MODULE(_cpu, m) {
   });
   // True if tensors cross through DLPack's C exchange API, false if through Python attributes.
   m.def("use_exchange_api", [](bool enabled) { return Boundary::get().use_exchange_api(enabled); });
+  py::class_<Recording>(m, "Recording", "Kernel calls of this thread between start() and stop(), for replay().")
+      .def(py::init<>())
+      .def("start", &Recording::start)
+      .def_static("stop", &Recording::stop)
+      .def("__len__", [](const Recording& recording) { return recording.calls.size(); })
+      .def("replay", [](const Recording& recording) {
+        py::gil_scoped_release release;
+        for (const auto& call : recording.calls) call();
+      });
   bind_attention(m);
   bind_embedding(m);
   bind_limits(m);

@@ -91,7 +91,7 @@ class _Config:
 def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise type_error(_OP, name, value, "a positive number")
-    if not (value > 0 and math.isfinite(value)):
+    if not (float(value) > 0 and math.isfinite(value)):
         raise value_error(_OP, name, value, "a positive number")
     return value  # type: ignore[return-value]  # ints stay ints: transformers' arithmetic on them is exact
 

@@ -59,7 +59,7 @@ def _direct(args: Sequence[Any]) -> bool:
 
 
 def _has_tangent(t: torch.Tensor) -> bool:
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+    return forward_ad.unpack_dual(t).tangent is not None
 
 
 class Op:
@@ -92,7 +92,7 @@ class Op:
         self.prepare = prepare
         self.fake = fake
         _library.define(name + schema)
-        _library.impl(name, self._serve, "CompositeExplicitAutograd")
+        _library.impl(name, self._serve_registered, "CompositeExplicitAutograd")
         qualified = f"fastllm::{name}"
         torch.library.register_fake(qualified, fake, lib=_library)
         self.registered = getattr(torch.ops.fastllm, name).default
@@ -111,14 +111,28 @@ class Op:
         # The forced reference is plain PyTorch all the way: autograd, functorch and modes see through it by themselves.
         if _direct(args) or _forced_get() == "reference":
             return self._serve(*args)
+        self._refuse_tangents(args)
         return self.registered(*args)
 
     def _serve(self, *args: Any) -> Any:
         return self.choose(args).run(*args)
 
+    def _serve_registered(self, *args: Any) -> Any:
+        self._refuse_tangents(args)
+        return self._serve(*args)
+
+    def _refuse_tangents(self, args: Sequence[Any]) -> None:
+        """PyTorch would drop the tangents of forward-mode differentiation in silence. Asked in the kernel for those who
+        call torch.ops themselves, and before, because torch.func's tangents do not reach the kernel."""
+        if forward_ad._current_level >= 0 and any(isinstance(a, _Tensor) and _has_tangent(a) for a in args):
+            raise NotImplementedError(
+                f"{self.name}: no forward-mode gradient; use reverse mode, "
+                'or fastllm.use_backend("reference") before the forward, which PyTorch differentiates'
+            )
+
     def _serve_without_gradient(self, keyset: Any, *args: Any) -> Any:
         for a in args:
-            if isinstance(a, _Tensor) and ((_is_grad_enabled() and a.requires_grad) or _has_tangent(a)):
+            if isinstance(a, _Tensor) and _is_grad_enabled() and a.requires_grad:
                 self._refuse_gradient(None)
         with torch._C._AutoDispatchBelowAutograd():
             return self.registered.redispatch(keyset & torch._C._after_autograd_keyset, *args)

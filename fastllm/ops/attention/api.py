@@ -37,7 +37,7 @@ def _prepare(
     _check.like("attention", "v", v, q.dtype, q.device, "q")
     if q.dim() != 4 or q.shape[1] == 0 or q.shape[3] == 0:
         raise shape_error("attention", "q", q.shape, "(B, H, T, D) with H and D of at least 1")
-    B, H, T, D = q.shape
+    B, H, _, D = q.shape
     if k.dim() != 4 or k.shape[0] != B or k.shape[3] != D:
         raise shape_error("attention", "k", k.shape, f"({B}, Hk, S, {D})", f"to match q {tuple(q.shape)}")
     Hk, S = k.shape[1], k.shape[2]
@@ -137,7 +137,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     G = q.shape[1] // k.shape[1]
     grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (q, k, v))
     mask4 = None if mask is None else mask[(None,) * (4 - mask.dim())]
-    grad_mask = torch.zeros_like(mask4, dtype=torch.float32) if mask is not None and ctx.needs_input_grad[3] else None
+    grad_mask = None if mask4 is None or not ctx.needs_input_grad[3] else torch.zeros_like(mask4, dtype=torch.float32)
     grad_sinks = torch.zeros_like(sinks, dtype=torch.float32) if sinks is not None else None
     valid_k, valid_v = reference.valid(k, kv_lens), reference.valid(v, kv_lens)
     for b in range(q.shape[0]):

@@ -196,7 +196,7 @@ def _cases() -> list[Case]:
         add("long keys 5000", 1, 4, 2, 12, 5000, 32)
         add("long keys 5000 decode", 1, 4, 2, 1, 5000, 32)
         add("large scores", 2, 6, 3, 40, 40, 64, extra=_scaled(100.0))
-        add("large scores decode", 4, 32, 16, 1, 400, 64, extra=_scaled(100.0))
+        add("large scores decode", 4, 32, 16, 1, 400, 64, extra=_scaled(30.0))
         add("strided keys", 2, 4, 2, 40, 40, 64, extra=_interleaved)
         add("strided keys decode", 2, 16, 8, 1, 40, 64, extra=_interleaved)
         add("no queries", 1, 4, 2, 0, 9, 64)

@@ -49,19 +49,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """y = g s(z) u, where s is the sigmoid, z = g (silu) or 2 sqrt(2/pi) (g + 0.044715 g^3) (gelu_tanh).
 
-    d/du = g s(z); d/dg = u s(z) (1 + g (1 - s(z)) dz/dg).
+    d/du = g s(z); d/dg = u s(z) (1 + s(-z) g dz/dg).
     """
     gate, up = ctx.saved_tensors
     fused = up is None
     g, u = (t.float() for t in (gate.chunk(2, -1) if fused else (gate, up)))
     if ctx.activation == "silu":
-        s, slope = torch.sigmoid(g), 1.0
+        z, bend = g, g
     else:
-        c = 2 * math.sqrt(2 / math.pi)
-        s, slope = torch.sigmoid(c * (g + 0.044715 * g**3)), c * (1 + 3 * 0.044715 * g * g)
+        c, near = 2 * math.sqrt(2 / math.pi), g.clamp(-20, 20)  # beyond, s is 0 or 1, and g^3 may be infinite
+        z, bend = c * (near + 0.044715 * near**3), c * (near + 3 * 0.044715 * near**3)
+    s, rest = torch.sigmoid(z), torch.sigmoid(-z)  # 1 - s would lose its digits where s is near 1
+    # Products in an order in which nothing overflows that need not: s may be 0 where g is huge.
     wide = grad.float()
-    grad_gate = (wide * u * s * (1 + g * (1 - s) * slope)).to(gate.dtype)
-    grad_up = (wide * g * s).to(gate.dtype)
+    grad_gate = (wide * (u * (s * (1 + rest * bend)))).to(gate.dtype)
+    grad_up = (wide * (g * s)).to(gate.dtype)
     if fused:
         return torch.cat((grad_gate, grad_up), -1), None, None
     return grad_gate, grad_up, None

@@ -14,7 +14,7 @@ def gated_activation(gate: Tensor, up: Tensor | None = None, activation: str = "
     wide = torch.float32 if gate.dtype in (torch.float16, torch.bfloat16) else gate.dtype
     g, u = gate.to(wide), up.to(wide)
     if activation == "silu":
-        activated = g * torch.sigmoid(g)
+        activated = torch.nn.functional.silu(g)  # g * sigmoid(g)
     else:
         activated = 0.5 * g * (1 + torch.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)))
     return (activated * u).to(gate.dtype)

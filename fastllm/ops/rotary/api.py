@@ -110,12 +110,13 @@ def _prepare_cache(
 
 
 def _laid_out_like(y: Tensor, x: Tensor) -> Tensor:
-    """y with the strides that native.empty_like(x) has: the same ones from every backend."""
+    """y with the strides that native.empty_like(x) has (where a size is above 1): the same ones from every backend."""
     return y.transpose(1, 2).contiguous().transpose(1, 2) if x.stride(1) < x.stride(2) else y.contiguous()
 
 
 def _fake_like(x: Tensor) -> Tensor:
-    return _laid_out_like(x.new_empty(x.shape), x)
+    B, H, T, D = x.shape
+    return x.new_empty((B, T, H, D)).transpose(1, 2) if x.stride(1) < x.stride(2) else x.new_empty(x.shape)
 
 
 def _fake(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
