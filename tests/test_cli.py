@@ -6,13 +6,13 @@ import json
 import shlex
 import subprocess
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import fastllm
 from fastllm import backends, cli
 from fastllm.backends import Backend
 from fastllm.measure import bench, limits, verify
@@ -281,7 +281,7 @@ def test_generate_streams_and_hands_its_options_on(monkeypatch, capsys):
         seen.update(options, path=path)
         return Model()
 
-    monkeypatch.setitem(sys.modules, "fastllm.models.load", types.SimpleNamespace(load=load))
+    monkeypatch.setattr(fastllm, "load", load)
     words = ["generate", "m.gguf", "--prompt", "hi", "--temperature", "0.5", "--top-k", "3", "--stop", "x", "--stop", "y"]
     assert cli.main([*words, "--chat", "--activations", "int8", "--context", "64", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out == "a b\n"

@@ -204,18 +204,18 @@ def test_bf16_arithmetic_is_fp32s_where_there_is_no_instruction():
 
 
 @needs_cpu_kernels
-def test_measured_limits_stand_in_sane_ratios(monkeypatch, tmp_path):
+def test_limits_are_measured_and_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(limits, "_measured", {})
     monkeypatch.setattr(limits, "_large", lambda: 2 * limits.caches().l3)
     best = limits.limits(threads=1, fresh=True, seconds=0.3)
-    for what in ("read", "copy"):
-        assert getattr(best, f"{what}_l2") > 0.5 * getattr(best, f"{what}_memory") > 0
+    assert all(value > 0 for name, value in vars(best).items() if name not in ("isa", "bf16"))
     assert (best.bf16 is None) == (best.isa != "avx512_bf16")
     if best.isa != "scalar":
+        # Eight lanes and more against one: far enough apart for any disturbance.
         scalar = limits.limits("scalar", 1, fresh=True, seconds=0.3)
-        assert best.fp32 > 2 * scalar.fp32 > 0
-        assert best.int8 > 2 * scalar.int8 > 0
+        assert best.fp32 > scalar.fp32 > 0
+        assert best.int8 > scalar.int8 > 0
     # Kept for the process, and for the next one.
     assert limits.limits(threads=1) is best
     limits._measured.clear()
@@ -224,6 +224,22 @@ def test_measured_limits_stand_in_sane_ratios(monkeypatch, tmp_path):
     limits.cache_file().write_text("{not json")
     monkeypatch.setattr(limits, "_measure", lambda *_: LIMITS)
     assert limits.limits(threads=1) is LIMITS
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("isa", backends.isa_names())
+def test_the_loops_do_what_they_are_counted_for(isa):
+    module, tiles = backends.cpu_module(), torch.ones(1024)
+    source, target = torch.randn(2, 512), torch.zeros(2, 512)
+    with backends.use_isa(isa):
+        assert module.limit_loop("read", source, target, tiles, 3) == 3 * source.nbytes
+        assert not target.any()
+        assert module.limit_loop("copy", source, target, tiles, 3) == 3 * 2 * source.nbytes
+        assert target.equal(source)
+        lanes = {"scalar": 1, "avx2": 8}.get(isa, 16)
+        assert module.limit_loop("fp32", source, target, tiles, 5) == 2 * 5 * 12 * 2 * lanes
+        assert module.limit_loop("int8", source, target, tiles, 5) == 2 * 5 * 12 * 2 * (4 * lanes if lanes > 1 else 1)
+        assert (module.limit_loop("bf16", source, target, tiles, 5) > 0) == (isa == "avx512_bf16")
 
 
 @needs_cpu_kernels
