@@ -92,17 +92,28 @@ FASTLLM_INLINE int32_t reduce_max(vi a) { return static_cast<int32_t>(a.v); }
 
 #endif
 
-// The weight of each row at one k of a line, as a float: bits [kShift, kShift + kBits).
-template <int kBits, int kShift>
-FASTLLM_INLINE vf weight_at(vi line) {
-#if FASTLLM_ISA_LEVEL >= 2
-  if constexpr (kBits == 4) {  // one permutation of a table of floats in place of a mask and a conversion
-    const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return {_mm512_permutexvar_ps(shift_right<kShift>(line).v, table)};
-  }
-#endif
-  const vi shifted = shift_right<kShift>(line);
-  return to_float(kShift + kBits == 32 ? shifted : shifted & set1_int((1 << kBits) - 1));
+// Columns of a line without shifting each: a mask leaves q * 2^p in the low 16 bits of a dword or of its upper half,
+// and the caller multiplies by 2^-p where that is free. So columns come in the order of `rank`: the lower half's first.
+template <int kBits>
+constexpr int first_bit(int column) {  // of the column's weight in a dword; 4 bits: low nibbles are columns 0 to 3
+  return kBits == 8 ? 8 * column : 8 * (column % 4) + column / 4 * 4;
+}
+template <int kBits>
+constexpr bool in_upper_half(int column) {
+  return first_bit<kBits>(column) >= 16;
+}
+template <int kBits>
+constexpr int power(int column) {
+  return first_bit<kBits>(column) % 16;
+}
+template <int kBits>
+constexpr int rank(int column) {
+  return kBits == 8 ? column : column % 4 / 2 * 4 + column / 4 * 2 + column % 2;  // 0 1 4 5 2 3 6 7
+}
+// q * 2^power of one column; `half` is the line, or for columns in the upper half the line shifted right by 16.
+template <int kBits, int kColumn>
+FASTLLM_INLINE vf scaled_column(vi half) {
+  return to_float(half & set1_int(((1 << kBits) - 1) << power<kBits>(kColumn)));
 }
 
 // Sixteen scales or minimums of a group, whatever their dtype, as floats.
@@ -125,19 +136,20 @@ FASTLLM_INLINE void widen_16(const void* base, DType dtype, int64_t index, float
   }
 }
 
-// minimum - zero * scale of the same sixteen, given their scales.
-FASTLLM_INLINE void widen_offset(const QuantMatmulArgs& a, int64_t index, int zero_point, const float* scale,
-                                 float* out) {
+// The same sixteen rows' offsets for integers counted from `center`, given their scales:
+// (q - zero) * scale + minimum = (q - center) * scale + offset.
+FASTLLM_INLINE void widen_offset(const QuantMatmulArgs& a, int64_t index, int center, const float* scale, float* out) {
   if (a.minimum) widen_16(a.minimum, a.scale_dtype, index, out);
+  const vf steps = set1(static_cast<float>(center - a.zero));
   for (int v = 0; v < kBlockVectors; ++v) {
     const vf minimum = a.minimum ? load(out + v * kWidth) : zero();
-    store(out + v * kWidth, fnmadd(set1(static_cast<float>(zero_point)), load(scale + v * kWidth), minimum));
+    store(out + v * kWidth, fmadd(steps, load(scale + v * kWidth), minimum));
   }
 }
 
-// y[n0 ...] = sums + bias for one row and one block of 16 columns, of which the first `columns` exist.
+// y[row, n ...] = sums + bias, rounded once, for one row and the block of 16 columns that starts at n.
 template <typename T>
-FASTLLM_INLINE void store_block(T* y, const T* bias, const float* sums, int64_t columns) {
+FASTLLM_INLINE void store_columns(T* y, const T* bias, const float* sums, int64_t columns) {
   for (int v = 0; v < kBlockVectors; ++v) {
     const int64_t left = columns - v * kWidth;
     if (left <= 0) return;
@@ -150,6 +162,37 @@ FASTLLM_INLINE void store_block(T* y, const T* bias, const float* sums, int64_t 
       store_n(y + v * kWidth, a, left);
     }
   }
+}
+
+// The same for `rows` rows from `first` on; their sums stand sums_stride apart.
+void store_rows(const QuantMatmulArgs& a, int64_t first, int64_t rows, int64_t block, const float* sums,
+                int64_t sums_stride) {
+  const int64_t n = block * kBlockRows, columns = a.N - n < kBlockRows ? a.N - n : kBlockRows;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = (first + r) * a.N + n;
+#define FASTLLM_BODY(T)                                                                                              \
+  store_columns(static_cast<decltype(T)*>(a.y) + at, a.bias ? static_cast<const decltype(T)*>(a.bias) + n : nullptr, \
+                sums + r * sums_stride, columns)
+    FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
+#undef FASTLLM_BODY
+  }
+}
+
+template <typename T>
+FASTLLM_INLINE void load_columns(const T* x, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += kWidth) {
+    const int64_t left = count - i;
+    store(out + i, left >= kWidth ? load(x + i) : load_n(x + i, left));
+  }
+}
+
+// x[row, k ...] as floats, zeros from `count` to `padded`.
+void load_row(const QuantMatmulArgs& a, int64_t row, int64_t k, int64_t count, int64_t padded, float* out) {
+  const int64_t at = row_offset(a.x_rows, row) + k;
+  for (int64_t i = count; i < padded; ++i) out[i] = 0.0f;
+#define FASTLLM_BODY(T) load_columns(static_cast<const decltype(T)*>(a.x) + at, count, out)
+  FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
+#undef FASTLLM_BODY
 }
 
 }  // namespace

@@ -1,12 +1,14 @@
 // y = x w^T in fp32, with w = fma(q, scale, minimum - zero * scale) made in registers from the packed weights.
 //
-// Cost: N K bits / 8 bytes of weights, plus scales, once for every kMaxTokens tokens; 2 M N K floating-point operations,
-// and four instructions for each vector of weights (shift, mask, convert, scale). With one token those instructions and
-// reading the weights take about as long as each other. With many, weights are made once for all tokens into a panel of
-// L1, and the multiply-add units are the limit.
+// Cost: N K bits / 8 bytes of weights, plus scales, once for every kMaxTokens tokens; 2 M N K floating-point
+// operations, and three instructions for each vector of weights (mask, convert, scale). With one token those
+// instructions and reading the weights take about as long as each other. With many, weights are made once for all
+// tokens into a panel of L1, and the multiply-add units are the limit.
 //
-// A token's bits do not depend on the other tokens: each row and token sums over k on one chain in order, segment by
-// segment, whether the weights come from registers or from a panel.
+// A token's bits do not depend on the other tokens: each row and token sums over k on one chain, in one order, segment
+// by segment, whether the weights come from registers or from a panel. (Scaling sums of q x in place of each q would
+// save an instruction, but sum(q x) is large where the activations have a mean, and cancels: it fails the tolerance
+// rule.)
 #include "quant_matmul_float.h"
 
 #include "parallel.h"
@@ -18,27 +20,19 @@ namespace {
 // Tokens in a tile of the panel path, and blocks of 16 rows beside each other: as many sums as registers hold.
 constexpr int kTile = FASTLLM_ISA_LEVEL == 0 ? 1 : FASTLLM_ISA_LEVEL == 1 ? 6 : 12;
 constexpr int kPanelBlocks = FASTLLM_ISA_LEVEL >= 2 ? 2 : 1;
-// Up to this many tokens, weights go from registers into the sums; with one token several blocks together keep enough
-// chains of additions going.
-constexpr int kDirectTokens = 3;
+// Up to this many tokens, weights go from registers into the sums; with few of them two blocks or more together keep
+// enough chains of additions going.
+constexpr int kDirectTokens = 4;
 constexpr int kDirectBlocks = FASTLLM_ISA_LEVEL >= 2 ? 4 : FASTLLM_ISA_LEVEL == 1 ? 2 : 1;
 constexpr int kMaxBlocks = kDirectBlocks > kPanelBlocks ? kDirectBlocks : kPanelBlocks;
+constexpr int kPrefetchBytes = 1024;
+constexpr int64_t kChain = 32;  // columns that are summed on one chain before the sum joins the total
 constexpr int64_t kMaxGroups = kFloatSegment / 32;
 
 // The next smaller size of tile that there is a kernel for: 12, 6, 3, 2, 1.
 constexpr int smaller_tile(int tokens) { return tokens == 2 ? 1 : tokens == 3 ? 2 : tokens / 2; }
 
-// ---------------------------------------------------------------- weights of 16 rows, eight or four columns a line
-
-// Calls body(j, w) for the columns j of a line in order of k, w being their weights, one register of rows.
-template <int kBits, int kColumn, typename Body>
-FASTLLM_INLINE void each_column(vi line, vf scale, vf offset, const Body& body) {
-  constexpr int kColumns = 32 / kBits;
-  // 4 bits: columns 0 to 3 are the low nibbles of the four bytes, 4 to 7 the high ones.
-  constexpr int kShift = kBits == 8 ? 8 * kColumn : 8 * (kColumn % 4) + kColumn / 4 * 4;
-  body(kColumn, fmadd(weight_at<kBits, kShift>(line), scale, offset));
-  if constexpr (kColumn + 1 < kColumns) each_column<kBits, kColumn + 1>(line, scale, offset, body);
-}
+// ---------------------------------------------------------------- scales
 
 // The scales and offsets (minimum - zero * scale) of one segment of a block: (groups, 16) each.
 FASTLLM_INLINE void widen_scales(const QuantMatmulArgs& a, int64_t block, int64_t k, int64_t num_groups, float* scale,
@@ -46,7 +40,7 @@ FASTLLM_INLINE void widen_scales(const QuantMatmulArgs& a, int64_t block, int64_
   const int64_t first = block * (a.K / a.group_size) + k / a.group_size;
   for (int64_t g = 0; g < num_groups; ++g) {
     widen_16(a.scale, a.scale_dtype, first + g, scale + g * kBlockRows);
-    widen_offset(a, first + g, a.zero, scale + g * kBlockRows, offset + g * kBlockRows);
+    widen_offset(a, first + g, 0, scale + g * kBlockRows, offset + g * kBlockRows);
   }
 }
 
@@ -65,64 +59,117 @@ FASTLLM_INLINE Span span_at(const QuantMatmulArgs& a, int64_t k) {
 
 // ---------------------------------------------------------------- few tokens: straight from registers
 
-// x: (columns, kTokens); sums: (kBlocks, tokens, 16), added to. Blocks beyond the first stand block_bytes apart.
+// scale * 2^-p for p = 0, 4, 8, 12.
+FASTLLM_INLINE void scales_by_power(vf scale, vf (&out)[4]) {
+  out[0] = scale;
+  out[1] = scale * set1(0x1p-4f);
+  out[2] = scale * set1(0x1p-8f);
+  out[3] = scale * set1(0x1p-12f);
+}
+
+// sums += w x for the columns of one half of a line, in order of rank.
+template <int kBits, int kTokens, int kBlocks, int kColumn, bool kUpper>
+FASTLLM_INLINE void add_half(const vi (&half)[kBlocks][kBlockVectors], const float* x,
+                             const vf (&scales)[kBlocks][kBlockVectors][4], const vf (&offsets)[kBlocks][kBlockVectors],
+                             vf (&sums)[kBlocks][kTokens][kBlockVectors]) {
+  if constexpr (in_upper_half<kBits>(kColumn) == kUpper) {
+    vf w[kBlocks][kBlockVectors];
+#pragma GCC unroll 16
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kBlockVectors; ++v) {
+        w[b][v] =
+            fmadd(scaled_column<kBits, kColumn>(half[b][v]), scales[b][v][power<kBits>(kColumn) / 4], offsets[b][v]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < kTokens; ++t) {
+      const vf one = set1(x[rank<kBits>(kColumn) * kTokens + t]);
+#pragma GCC unroll 16
+      for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kBlockVectors; ++v) sums[b][t][v] = fmadd(w[b][v], one, sums[b][t][v]);
+      }
+    }
+  }
+  if constexpr (kColumn + 1 < 32 / kBits) {
+    add_half<kBits, kTokens, kBlocks, kColumn + 1, kUpper>(half, x, scales, offsets, sums);
+  }
+}
+
+// x: (columns, kTokens), columns in order of rank; scale, offset: (kBlocks, kMaxGroups, 16); sums: (kBlocks, kTokens,
+// 16), added to. Blocks stand block_bytes apart.
 template <int kBits, int kTokens, int kBlocks>
 FASTLLM_INLINE void add_direct(const uint8_t* data, int64_t block_bytes, const float* x, const float* scale,
                                const float* offset, const Span& span, float* sums) {
   constexpr int kColumns = 32 / kBits;
-  vf totals[kBlocks][kTokens][kBlockVectors];
-#pragma GCC unroll 16
-  for (int b = 0; b < kBlocks; ++b) {
-#pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kBlockVectors; ++v) totals[b][t][v] = zero();
-    }
-  }
   const int64_t padded = padded_k(span.count);
   for (int64_t g = 0; g < span.num_groups; ++g) {
-    vf scales[kBlocks][kBlockVectors], offsets[kBlocks][kBlockVectors];
+    vf scales[kBlocks][kBlockVectors][4], offsets[kBlocks][kBlockVectors];
 #pragma GCC unroll 16
     for (int b = 0; b < kBlocks; ++b) {
 #pragma GCC unroll 16
       for (int v = 0; v < kBlockVectors; ++v) {
         const int64_t at = (b * kMaxGroups + g) * kBlockRows + v * kWidth;
-        scales[b][v] = load(scale + at);
+        scales_by_power(load(scale + at), scales[b][v]);
         offsets[b][v] = load(offset + at);
       }
     }
     const int64_t end = (g + 1) * span.group < padded ? (g + 1) * span.group : padded;
-    for (int64_t k = g * span.group; k < end; k += kColumns) {
+    for (int64_t k = g * span.group; k < end;) {
+      vf chains[kBlocks][kTokens][kBlockVectors];
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b) {
 #pragma GCC unroll 16
-        for (int v = 0; v < kBlockVectors; ++v) {
-          const vi line = load_int(data + b * block_bytes + v * 4 * kWidth);
-          each_column<kBits, 0>(line, scales[b][v], offsets[b][v], [&](int j, vf w) __attribute__((always_inline)) {
+        for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 16
-            for (int t = 0; t < kTokens; ++t) {
-              totals[b][t][v] = fmadd(w, set1(x[(k + j) * kTokens + t]), totals[b][t][v]);
-            }
-          });
+          for (int v = 0; v < kBlockVectors; ++v) chains[b][t][v] = zero();
         }
       }
-      data += kLineBytes;
-    }
-  }
+      const int64_t chain_end = k + kChain < end ? k + kChain : end;
+#pragma GCC unroll 1
+      for (; k < chain_end; k += kColumns) {
+        vi half[kBlocks][kBlockVectors];
 #pragma GCC unroll 16
-  for (int b = 0; b < kBlocks; ++b) {
+        for (int b = 0; b < kBlocks; ++b) {
+          __builtin_prefetch(data + b * block_bytes + kPrefetchBytes);
 #pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) {
+          for (int v = 0; v < kBlockVectors; ++v) half[b][v] = load_int(data + b * block_bytes + v * 4 * kWidth);
+        }
+        add_half<kBits, kTokens, kBlocks, 0, false>(half, x, scales, offsets, chains);
 #pragma GCC unroll 16
-      for (int v = 0; v < kBlockVectors; ++v) {
-        float* to = sums + (b * kTokens + t) * kBlockRows + v * kWidth;
-        store(to, load(to) + totals[b][t][v]);
+        for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 16
+          for (int v = 0; v < kBlockVectors; ++v) half[b][v] = shift_right<16>(half[b][v]);
+        }
+        add_half<kBits, kTokens, kBlocks, 0, true>(half, x, scales, offsets, chains);
+        data += kLineBytes;
+        x += kColumns * kTokens;
+      }
+#pragma GCC unroll 16
+      for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 16
+        for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 16
+          for (int v = 0; v < kBlockVectors; ++v) {
+            float* to = sums + (b * kTokens + t) * kBlockRows + v * kWidth;
+            store(to, load(to) + chains[b][t][v]);
+          }
+        }
       }
     }
   }
 }
 
 // ---------------------------------------------------------------- many tokens: through a panel
+
+// Writes the columns of one line to a panel, `stride` floats apart, in order of rank.
+template <int kBits, int kColumn>
+FASTLLM_INLINE void fill_columns(vi line, vi upper, const vf (&scales)[4], vf offset, int64_t stride, float* to) {
+  const vf q = scaled_column<kBits, kColumn>(in_upper_half<kBits>(kColumn) ? upper : line);
+  store(to + rank<kBits>(kColumn) * stride, fmadd(q, scales[power<kBits>(kColumn) / 4], offset));
+  if constexpr (kColumn + 1 < 32 / kBits) fill_columns<kBits, kColumn + 1>(line, upper, scales, offset, stride, to);
+}
 
 // panel: (columns, blocks, 16) floats.
 template <int kBits>
@@ -134,10 +181,11 @@ FASTLLM_INLINE void fill_panel(const uint8_t* data, const float* scale, const fl
     const int64_t end = (g + 1) * span.group < padded ? (g + 1) * span.group : padded;
     for (int v = 0; v < kBlockVectors; ++v) {
       const vf s = load(scale + g * kBlockRows + v * kWidth), o = load(offset + g * kBlockRows + v * kWidth);
+      vf scales[4];
+      scales_by_power(s, scales);
       for (int64_t k = g * span.group; k < end; k += kColumns) {
         const vi line = load_int(data + k / kColumns * kLineBytes + v * 4 * kWidth);
-        float* to = panel + k * stride + v * kWidth;
-        each_column<kBits, 0>(line, s, o, [&](int j, vf w) { store(to + j * stride, w); });
+        fill_columns<kBits, 0>(line, shift_right<16>(line), scales, o, stride, panel + k * stride + v * kWidth);
       }
     }
   }
@@ -147,31 +195,34 @@ FASTLLM_INLINE void fill_panel(const uint8_t* data, const float* scale, const fl
 template <int kTokens, int kBlocks>
 void add_panel_tile(const float* panel, const float* x, int64_t columns, float* sums) {
   constexpr int kVectors = kBlocks * kBlockVectors;
-  vf totals[kTokens][kVectors];
-#pragma GCC unroll 16
-  for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) totals[t][v] = zero();
-  }
-  for (int64_t k = 0; k < columns; ++k) {
-    vf w[kVectors];
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) w[v] = load(panel + v * kWidth);
+  for (int64_t k = 0; k < columns;) {
+    vf chains[kTokens][kVectors];
 #pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) {
-      const vf one = set1(x[t]);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) totals[t][v] = fmadd(w[v], one, totals[t][v]);
+      for (int v = 0; v < kVectors; ++v) chains[t][v] = zero();
     }
-    panel += kVectors * kWidth;
-    x += kTokens;
-  }
+    const int64_t chain_end = k + kChain < columns ? k + kChain : columns;
+    for (; k < chain_end; ++k) {
+      vf w[kVectors];
 #pragma GCC unroll 16
-  for (int t = 0; t < kTokens; ++t) {
+      for (int v = 0; v < kVectors; ++v) w[v] = load(panel + v * kWidth);
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) {
-      float* to = sums + t * kBlocks * kBlockRows + v * kWidth;
-      store(to, load(to) + totals[t][v]);
+      for (int t = 0; t < kTokens; ++t) {
+        const vf one = set1(x[t]);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) chains[t][v] = fmadd(w[v], one, chains[t][v]);
+      }
+      panel += kVectors * kWidth;
+      x += kTokens;
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        float* to = sums + t * kBlocks * kBlockRows + v * kWidth;
+        store(to, load(to) + chains[t][v]);
+      }
     }
   }
 }
@@ -188,7 +239,7 @@ FASTLLM_INLINE void add_panel_tiles(const float* panel, const float* x, int64_t 
 
 // ---------------------------------------------------------------- activations
 
-// Where a token's column k stands: segments, in them tiles, in them columns, in them tokens.
+// Where a token stands: in one tile with all others, or among the tiles of the panel path.
 struct Place {
   int64_t tile, in_tile, tile_tokens;  // the tile's first token, the token in it, the tile's size
 };
@@ -206,24 +257,25 @@ FASTLLM_INLINE Place place_of(int64_t token, int64_t tokens) {
   }
 }
 
-template <typename T>
-void spread_token(const T* x, int64_t K, int64_t token, int64_t tokens, float* out) {
+// Segments, in them tiles, in them columns in order of rank, in them tokens.
+template <int kBits>
+void spread_token(const QuantMatmulArgs& a, int64_t row, int64_t token, int64_t tokens, float* out) {
+  constexpr int kColumns = 32 / kBits;
   const Place place = place_of(token, tokens);
-  for (int64_t k = 0; k < K; k += kFloatSegment) {
-    const int64_t count = K - k < kFloatSegment ? K - k : kFloatSegment, padded = padded_k(count);
+  for (int64_t k = 0; k < a.K; k += kFloatSegment) {
+    const int64_t count = a.K - k < kFloatSegment ? a.K - k : kFloatSegment, padded = padded_k(count);
     float* to = out + k * tokens + place.tile * padded + place.in_tile;
     alignas(64) float values[kFloatSegment];
-    for (int64_t i = 0; i < padded; i += kWidth) {
-      const int64_t left = count - i;
-      store(values + i, left >= kWidth ? load(x + k + i) : load_n(x + k + i, left > 0 ? left : 0));
+    load_row(a, row, k, count, padded, values);
+    for (int64_t i = 0; i < padded; i += kColumns) {
+      for (int c = 0; c < kColumns; ++c) to[(i + rank<kBits>(c)) * place.tile_tokens] = values[i + c];
     }
-    for (int64_t i = 0; i < padded; ++i) to[i * place.tile_tokens] = values[i];
   }
 }
 
 // ---------------------------------------------------------------- all tokens of a pass x some blocks
 
-template <int kBits, int kTokens, int kBlocks, typename T>
+template <int kBits, int kTokens, int kBlocks>
 void direct_blocks(const QuantMatmulArgs& a, const float* x, int64_t first_token, int64_t block) {
   alignas(64) float sums[kBlocks * kTokens * kBlockRows] = {};
   alignas(64) float scale[kBlocks * kMaxGroups * kBlockRows], offset[kBlocks * kMaxGroups * kBlockRows];
@@ -238,16 +290,11 @@ void direct_blocks(const QuantMatmulArgs& a, const float* x, int64_t first_token
                                         x + k * kTokens, scale, offset, span, sums);
   }
   for (int b = 0; b < kBlocks; ++b) {
-    const int64_t n = (block + b) * kBlockRows, columns = a.N - n < kBlockRows ? a.N - n : kBlockRows;
-    const T* bias = a.bias ? static_cast<const T*>(a.bias) + n : nullptr;
-    for (int t = 0; t < kTokens; ++t) {
-      store_block(static_cast<T*>(a.y) + (first_token + t) * a.N + n, bias, sums + (b * kTokens + t) * kBlockRows,
-                  columns);
-    }
+    store_rows(a, first_token, kTokens, block + b, sums + b * kTokens * kBlockRows, kBlockRows);
   }
 }
 
-template <int kBits, int kBlocks, typename T>
+template <int kBits, int kBlocks>
 void panel_blocks(const QuantMatmulArgs& a, const float* x, int64_t first_token, int64_t tokens, int64_t block) {
   alignas(64) float sums[kMaxTokens * kBlocks * kBlockRows];
   alignas(64) float panel[kFloatSegment * kBlocks * kBlockRows];
@@ -264,37 +311,41 @@ void panel_blocks(const QuantMatmulArgs& a, const float* x, int64_t first_token,
     add_panel_tiles<kTile, kBlocks>(panel, x + k * tokens, padded_k(span.count), tokens, sums);
   }
   for (int b = 0; b < kBlocks; ++b) {
-    const int64_t n = (block + b) * kBlockRows, columns = a.N - n < kBlockRows ? a.N - n : kBlockRows;
-    const T* bias = a.bias ? static_cast<const T*>(a.bias) + n : nullptr;
-    for (int64_t t = 0; t < tokens; ++t) {
-      store_block(static_cast<T*>(a.y) + (first_token + t) * a.N + n, bias, sums + (t * kBlocks + b) * kBlockRows,
-                  columns);
-    }
+    store_rows(a, first_token, tokens, block + b, sums + b * kBlockRows, kBlocks * kBlockRows);
   }
 }
 
-template <int kBits, typename T>
+template <int kBits, int kTokens, int kBlocks>
+FASTLLM_INLINE void direct_range(const QuantMatmulArgs& a, const float* x, int64_t first, int64_t block, int64_t end) {
+  for (; block + kBlocks <= end; block += kBlocks) direct_blocks<kBits, kTokens, kBlocks>(a, x, first, block);
+  if constexpr (kBlocks > 1) {
+    for (; block < end; ++block) direct_blocks<kBits, kTokens, 1>(a, x, first, block);
+  }
+}
+
+template <int kBits>
 void multiply_blocks(const QuantMatmulArgs& a, const float* x, int64_t first, int64_t tokens, int64_t begin,
                      int64_t end) {
-  int64_t block = begin;
-  if (tokens > kDirectTokens) {
-    for (; block + kPanelBlocks <= end; block += kPanelBlocks) {
-      panel_blocks<kBits, kPanelBlocks, T>(a, x, first, tokens, block);
-    }
-    for (; block < end; ++block) panel_blocks<kBits, 1, T>(a, x, first, tokens, block);
-  } else if (tokens == 3) {
-    for (; block < end; ++block) direct_blocks<kBits, 3, 1, T>(a, x, first, block);
-  } else if (tokens == 2) {
-    for (; block < end; ++block) direct_blocks<kBits, 2, 1, T>(a, x, first, block);
-  } else {
-    for (; block + kDirectBlocks <= end; block += kDirectBlocks) {
-      direct_blocks<kBits, 1, kDirectBlocks, T>(a, x, first, block);
-    }
-    for (; block < end; ++block) direct_blocks<kBits, 1, 1, T>(a, x, first, block);
+  switch (tokens) {
+    case 1:
+      return direct_range<kBits, 1, kDirectBlocks>(a, x, first, begin, end);
+    case 2:
+      return direct_range<kBits, 2, kDirectBlocks>(a, x, first, begin, end);
+    case 3:
+      return direct_range<kBits, 3, 1>(a, x, first, begin, end);
+    case kDirectTokens:
+      return direct_range<kBits, 4, 1>(a, x, first, begin, end);
+    default:
+      break;
   }
+  int64_t block = begin;
+  for (; block + kPanelBlocks <= end; block += kPanelBlocks) {
+    panel_blocks<kBits, kPanelBlocks>(a, x, first, tokens, block);
+  }
+  for (; block < end; ++block) panel_blocks<kBits, 1>(a, x, first, tokens, block);
 }
 
-template <int kBits, typename T>
+template <int kBits>
 void multiply(const QuantMatmulArgs& a) {
   const int64_t blocks = (a.N + kBlockRows - 1) / kBlockRows;
   float* x = reinterpret_cast<float*>(a.scratch);
@@ -302,25 +353,20 @@ void multiply(const QuantMatmulArgs& a) {
     const int64_t tokens = a.M - first < kMaxTokens ? a.M - first : kMaxTokens;
     parallel_for(tokens, 1 + 32768 / a.K, a.threads, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        spread_token(static_cast<const T*>(a.x) + row_offset(a.x_rows, first + t), a.K, t, tokens, x);
+        spread_token<kBits>(a, first + t, t, tokens, x);
       }
     });
-    // A chunk is worth waking a thread for (64 KiB from memory are about 5 us), and a thread that falls behind can leave
-    // the rest to the others.
+    // A chunk is worth waking a thread for (64 KiB from memory are about 5 us), and a thread that falls behind can
+    // leave the rest to the others.
     const int64_t block_work = padded_k(a.K) * kBits * 2 * tokens;
     const int64_t grain = round_up(1 + 65536 / block_work, kMaxBlocks);
-    parallel_for(blocks, grain, a.threads, [&](int64_t begin, int64_t end) {
-      multiply_blocks<kBits, T>(a, x, first, tokens, begin, end);
-    });
+    parallel_for(blocks, grain, a.threads,
+                 [&](int64_t begin, int64_t end) { multiply_blocks<kBits>(a, x, first, tokens, begin, end); });
   }
 }
 
 }  // namespace
 
-void quant_matmul_float(const QuantMatmulArgs& a) {
-#define FASTLLM_BODY(T) a.bits == 4 ? multiply<4, decltype(T)>(a) : multiply<8, decltype(T)>(a)
-  FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
-#undef FASTLLM_BODY
-}
+void quant_matmul_float(const QuantMatmulArgs& a) { a.bits == 4 ? multiply<4>(a) : multiply<8>(a); }
 
 }  // namespace fastllm::cpu::FASTLLM_ISA

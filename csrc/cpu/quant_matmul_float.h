@@ -4,7 +4,7 @@
 
 namespace fastllm::cpu {
 
-// Columns of K that are summed on one chain before the sum joins the total: bounds the error and what L1 must hold.
+// Columns of K that are worked on together: bounds what L1 must hold.
 inline constexpr int64_t kFloatSegment = 128;
 
 // Bytes of scratch for M tokens: activations as floats, whole lines.

@@ -1,15 +1,18 @@
 // y = x w^T with activations quantised to int8, symmetric, a scale for each token and group of columns.
 //
 //   amax = max|x| of the group; scale = amax / 127; xq = round_half_even(x * (127 / amax)), all in fp32
-//   y[m, n] = sum over groups of scale_x * (scale_w * sum((q - zero) * xq)) + minimum * (scale_x * sum(xq))
+//   y[m, n] = sum over groups of scale_x * (scale_w * sum((q - center) * xq)) + offset * (scale_x * sum(xq))
+//   offset = minimum + (center - zero) * scale_w
 //
-// The inner sums are exact integers. A group whose amax is below 2^-100 counts as zero (127 / amax must be finite); one
-// that holds an infinity or a NaN gets the scale NaN, and so does every output of its row.
+// The inner sums are exact integers. They count q from the middle of its range (center = 8 or 128): counted from 0, the
+// two terms would be large and cancel wherever activations have a mean. A group whose amax is below 2^-100 counts as
+// zero (127 / amax must be finite); one that holds an infinity or a NaN gets the scale NaN, and so does every output of
+// its row.
 //
 // Cost: N K bits / 8 bytes of weights, plus scales, once for every kMaxTokens tokens; 2 M N K integer operations. With
 // few tokens reading the weights is the limit. With many it is the multiplier: a step of 4-bit weights is two
-// instructions (vpmaddubsw, vpaddw) for 32 products on AVX2, one (vpdpbusd) for 64 with VNNI; 8-bit weights without VNNI
-// are widened to 16 bits and cost two (vpmaddwd, vpaddd) for 16, because vpmaddubsw would saturate.
+// instructions (vpmaddubsw, vpaddw) for 32 products on AVX2, one (vpdpbusd) for 64 with VNNI; 8-bit weights without
+// VNNI are widened to 16 bits and cost two (vpmaddwd, vpaddd) for 16, because vpmaddubsw would saturate.
 //
 // A token's bits do not depend on the other tokens: each row and token sums its groups in one order, in segments.
 #include "quant_matmul_int8.h"
@@ -35,7 +38,9 @@ constexpr int kUnitColumns = kWideActivations<kBits> ? 4 : 8;
 template <int kBits>
 constexpr int kUnitBytes = kBits == 8 && kDotBytes ? 128 : 64;
 constexpr int kUnpackedBytes = 128;  // once its nibbles stand in bytes
-constexpr int kUnitsAStep = 4;       // of 4-bit weights: the 32 columns that sums of 16 bits can hold
+template <int kBits>
+constexpr int kCenter = 1 << (kBits - 1);
+constexpr int kUnitsAStep = 4;  // of 4-bit weights: the 32 columns that sums of 16 bits can hold
 
 constexpr int kPrefetchBytes = 2048;  // how far ahead of the weights: a microsecond's worth, nearly
 
@@ -119,23 +124,31 @@ FASTLLM_INLINE vi widen_pairs(vi sums) {
 
 // ---------------------------------------------------------------- activations
 
-// Quantises one token. x: K values; out: whole segments, `segment_stride` bytes apart; groups: one for each
-// `group_size` columns.
-template <int kBits, typename T>
-void quantize_token(const T* x, int64_t K, int64_t group_size, int zero, int8_t* out, int64_t segment_stride,
+// Groups of 32 whose sums have 16 bits take half of the start in either half of 32 bits. The end, sum((q - 4) x) over
+// one half of the columns minus sum(4 x) over the other, stays within 16 * 11 * 127 + 16 * 4 * 127 < 2^15.
+template <int kBits>
+FASTLLM_INLINE int32_t start_of(int32_t total, int64_t group_size) {
+  if (kNarrowSums<kBits> && group_size == 32) {
+    const uint32_t half = static_cast<uint16_t>(-kCenter<kBits> / 2 * total);
+    return static_cast<int32_t>(half << 16 | half);
+  }
+  return -kCenter<kBits> * total;
+}
+
+// Quantises one token. out: whole segments, `segment_stride` bytes apart; groups: one for each `group_size` columns.
+template <int kBits>
+void quantize_token(const QuantMatmulArgs& a, int64_t token, int64_t group_size, int8_t* out, int64_t segment_stride,
                     ActivationGroup* groups) {
   constexpr int kBytes = kWideActivations<kBits> ? 2 : 1;
   alignas(64) float values[128];
   alignas(64) int32_t integers[128];
-  for (int64_t k = 0; k < K; k += group_size) {
-    const int64_t count = K - k < group_size ? K - k : group_size, padded = padded_k(count);
+  for (int64_t k = 0; k < a.K; k += group_size) {
+    const int64_t count = a.K - k < group_size ? a.K - k : group_size, padded = padded_k(count);
+    load_row(a, token, k, count, padded, values);
     // Bits of |x| order like the values, with infinities and NaN on top.
     vi largest = set1_int(0);
     for (int64_t i = 0; i < padded; i += kWidth) {
-      const int64_t left = count - i;
-      const vf a = left >= kWidth ? load(x + k + i) : load_n(x + k + i, left > 0 ? left : 0);
-      store(values + i, a);
-      largest = max(largest, bits_of(a) & set1_int(0x7fffffff));
+      largest = max(largest, bits_of(load(values + i)) & set1_int(0x7fffffff));
     }
     const int32_t amax_bits = reduce_max(largest);
     float amax, scale = 0.0f, inverse = 0.0f;
@@ -154,7 +167,7 @@ void quantize_token(const T* x, int64_t K, int64_t group_size, int zero, int8_t*
       sum = sum + q;
     }
     const int32_t total = reduce_add(sum);
-    *groups++ = {scale, scale * static_cast<float>(total), -zero * total};
+    *groups++ = {scale, scale * static_cast<float>(total), start_of<kBits>(total, group_size)};
     int8_t* to = out + k / kInt8Segment * segment_stride + k % kInt8Segment * kBytes;
     if constexpr (kBytes == 2) {  // even columns stand in the low halves of the weights' dwords, odd ones in the high
       int16_t* wide = reinterpret_cast<int16_t*>(to);
@@ -178,7 +191,7 @@ struct Segment {
   const int8_t* x;               // the first token's; the others x_stride bytes apart
   const ActivationGroup* group;  // the first token's first; the other tokens' group_stride apart
   const float* scale;            // (groups, 16)
-  const float* offset;           // likewise: the minimum, or null; with sums of 16 bits minimum - zero * scale, never null
+  const float* offset;           // likewise, or null
   int64_t x_stride, group_stride;
   int64_t units, units_a_group;
   float* sums;  // (tokens, 16), added to
@@ -238,7 +251,7 @@ FASTLLM_INLINE void add_group(const uint8_t*& weights, const int8_t*& x, int64_t
 }
 
 // kOneStep: a group is a step, of which sums of 16 bits are all there is.
-template <int kBits, int kTokens, bool kUnpacked, bool kOneStep>
+template <int kBits, int kTokens, bool kUnpacked, bool kOneStep, bool kOffset>
 FASTLLM_INLINE void add_groups(const Segment& s) {
   const uint8_t* weights = s.weights;
   const int8_t* x = s.x;
@@ -254,7 +267,7 @@ FASTLLM_INLINE void add_groups(const Segment& s) {
     vi sums[kTokens][kBlockVectors];
 #pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) {
-      const vi start = set1_int(kNarrowSums<kBits> ? 0 : group[t * s.group_stride].zero_part);
+      const vi start = set1_int(group[t * s.group_stride].start);
 #pragma GCC unroll 16
       for (int v = 0; v < kBlockVectors; ++v) sums[t][v] = start;
     }
@@ -273,26 +286,16 @@ FASTLLM_INLINE void add_groups(const Segment& s) {
 #pragma GCC unroll 16
     for (int v = 0; v < kBlockVectors; ++v) {
       const vf ws = load(scale + v * kWidth);
-      const vf wo = kNarrowSums<kBits> ? load(offset + v * kWidth) : ws;
+      const vf wo = kOffset ? load(offset + v * kWidth) : ws;
 #pragma GCC unroll 16
       for (int t = 0; t < kTokens; ++t) {
         const ActivationGroup& of = group[t * s.group_stride];
         vf total = fmadd(to_float(sums[t][v]) * ws, set1(of.scale), totals[t][v]);
-        if constexpr (kNarrowSums<kBits>) total = fmadd(wo, set1(of.sum), total);
+        if constexpr (kOffset) total = fmadd(wo, set1(of.sum), total);
         totals[t][v] = total;
       }
     }
-    if (!kNarrowSums<kBits> && offset) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kBlockVectors; ++v) {
-        const vf wo = load(offset + v * kWidth);
-#pragma GCC unroll 16
-        for (int t = 0; t < kTokens; ++t) {
-          totals[t][v] = fmadd(wo, set1(group[t * s.group_stride].sum), totals[t][v]);
-        }
-      }
-    }
-    if (offset) offset += kBlockRows;
+    if constexpr (kOffset) offset += kBlockRows;
     scale += kBlockRows;
     ++group;
   }
@@ -308,10 +311,14 @@ FASTLLM_INLINE void add_groups(const Segment& s) {
 
 template <int kBits, int kTokens, bool kUnpacked>
 void add_tile(const Segment& s) {
-  if (kNarrowSums<kBits> && s.units_a_group == kUnitsAStep) {
-    add_groups<kBits, kTokens, kUnpacked, kNarrowSums<kBits>>(s);
+  constexpr bool kNarrow = kNarrowSums<kBits>;
+  const bool one_step = kNarrow && s.units_a_group == kUnitsAStep;
+  if (s.offset) {
+    one_step ? add_groups<kBits, kTokens, kUnpacked, kNarrow, true>(s)
+             : add_groups<kBits, kTokens, kUnpacked, false, true>(s);
   } else {
-    add_groups<kBits, kTokens, kUnpacked, false>(s);
+    one_step ? add_groups<kBits, kTokens, kUnpacked, kNarrow, false>(s)
+             : add_groups<kBits, kTokens, kUnpacked, false, false>(s);
   }
 }
 
@@ -343,7 +350,7 @@ void unpack_units(const uint8_t* packed, int64_t units, uint8_t* unpacked) {
 
 // ---------------------------------------------------------------- all tokens of a pass x some blocks
 
-template <int kBits, typename T>
+template <int kBits>
 void multiply_blocks(const QuantMatmulArgs& a, const int8_t* x, const ActivationGroup* groups, int64_t first_token,
                      int64_t tokens, int64_t begin, int64_t end) {
   constexpr int kBytes = kWideActivations<kBits> ? 2 : 1;
@@ -353,8 +360,7 @@ void multiply_blocks(const QuantMatmulArgs& a, const int8_t* x, const Activation
   const int64_t act_group = activation_group(a.group_size), act_groups = (a.K + act_group - 1) / act_group;
   const int64_t weight_groups = a.K / a.group_size, block_bytes = padded_k(a.K) * kBlockRows * a.bits / 8;
   const bool unpack = kBits == 4 && tokens > kTile;
-  // Sums of 32 bits start from zero's part, exactly and for nothing. For those of 16 bits it joins the minimum.
-  const bool has_offset = a.minimum != nullptr || kNarrowSums<kBits>;
+  const bool has_offset = a.minimum != nullptr || a.zero != kCenter<kBits>;
   for (int64_t block = begin; block < end; ++block) {
     std::memset(sums, 0, static_cast<size_t>(tokens * kBlockRows) * sizeof(float));
     for (int64_t k = 0; k < a.K; k += kInt8Segment) {
@@ -365,7 +371,7 @@ void multiply_blocks(const QuantMatmulArgs& a, const int8_t* x, const Activation
         const int64_t at = block * weight_groups + (k + g * act_group) / a.group_size;
         widen_16(a.scale, a.scale_dtype, at, scale + g * kBlockRows);
         if (!has_offset) continue;
-        widen_offset(a, at, kNarrowSums<kBits> ? a.zero : 0, scale + g * kBlockRows, offset + g * kBlockRows);
+        widen_offset(a, at, kCenter<kBits>, scale + g * kBlockRows, offset + g * kBlockRows);
       }
       Segment s;
       s.weights = a.data + block * block_bytes + k * kBlockRows * a.bits / 8;
@@ -388,15 +394,11 @@ void multiply_blocks(const QuantMatmulArgs& a, const int8_t* x, const Activation
       }
       add_tiles<kBits, kTile, false>(s, tokens);
     }
-    const int64_t n = block * kBlockRows, columns = a.N - n < kBlockRows ? a.N - n : kBlockRows;
-    const T* bias = a.bias ? static_cast<const T*>(a.bias) + n : nullptr;
-    for (int64_t t = 0; t < tokens; ++t) {
-      store_block(static_cast<T*>(a.y) + (first_token + t) * a.N + n, bias, sums + t * kBlockRows, columns);
-    }
+    store_rows(a, first_token, tokens, block, sums, kBlockRows);
   }
 }
 
-template <int kBits, typename T>
+template <int kBits>
 void multiply(const QuantMatmulArgs& a) {
   const int64_t act_group = activation_group(a.group_size), act_groups = (a.K + act_group - 1) / act_group;
   const int64_t blocks = (a.N + kBlockRows - 1) / kBlockRows;
@@ -409,25 +411,20 @@ void multiply(const QuantMatmulArgs& a) {
     auto* groups = reinterpret_cast<ActivationGroup*>(a.scratch + segments * tokens * kInt8Segment * kBytes);
     parallel_for(tokens, 1 + 16384 / a.K, a.threads, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        quantize_token<kBits>(static_cast<const T*>(a.x) + row_offset(a.x_rows, first + t), a.K, act_group, a.zero,
-                              x + t * kInt8Segment * kBytes, tokens * kInt8Segment * kBytes, groups + t * act_groups);
+        quantize_token<kBits>(a, first + t, act_group, x + t * kInt8Segment * kBytes, tokens * kInt8Segment * kBytes,
+                              groups + t * act_groups);
       }
     });
-    // A chunk is worth waking a thread for (64 KiB from memory are about 5 us), and a thread that falls behind can leave
-    // the rest to the others.
+    // A chunk is worth waking a thread for (64 KiB from memory are about 5 us), and a thread that falls behind can
+    // leave the rest to the others.
     const int64_t block_work = padded_k(a.K) * a.bits * 2 * (tokens < 8 ? 1 : tokens / 4);
-    parallel_for(blocks, 1 + 65536 / block_work, a.threads, [&](int64_t begin, int64_t end) {
-      multiply_blocks<kBits, T>(a, x, groups, first, tokens, begin, end);
-    });
+    parallel_for(blocks, 1 + 65536 / block_work, a.threads,
+                 [&](int64_t begin, int64_t end) { multiply_blocks<kBits>(a, x, groups, first, tokens, begin, end); });
   }
 }
 
 }  // namespace
 
-void quant_matmul_int8(const QuantMatmulArgs& a) {
-#define FASTLLM_BODY(T) a.bits == 4 ? multiply<4, decltype(T)>(a) : multiply<8, decltype(T)>(a)
-  FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
-#undef FASTLLM_BODY
-}
+void quant_matmul_int8(const QuantMatmulArgs& a) { a.bits == 4 ? multiply<4>(a) : multiply<8>(a); }
 
 }  // namespace fastllm::cpu::FASTLLM_ISA

@@ -9,9 +9,9 @@ inline constexpr int64_t kInt8Segment = 512;
 
 // One group of one token's activations.
 struct ActivationGroup {
-  float scale;        // real value per integer step
-  float sum;          // scale * (sum of the integers): what the weights' minimum multiplies
-  int32_t zero_part;  // -zero * (sum of the integers): what the integer sums start from
+  float scale;    // real value per integer step
+  float sum;      // scale * (sum of the integers): what the weights' offset multiplies
+  int32_t start;  // -center * (sum of the integers): what the integer sums start from
 };
 
 // Activations share a scale along as many columns as weights do, but never along more than 128.

@@ -23,8 +23,9 @@ __all__ = ["DecodeStep", "Decoder"]
 class Decoder(Protocol):
     """What generation needs of a model."""
 
-    # How many kernels one call of hidden_states and one of head launch if every op is served by the compiled module.
-    kernel_calls: int
+    @property
+    def kernel_calls(self) -> int:
+        """How many kernels hidden_states and head launch together if the compiled module serves every op."""
 
     def new_cache(self, batch: int, capacity: int) -> Any: ...
     def hidden_states(self, ids: Tensor, cache: Any, places: Places | None = None) -> Tensor: ...

@@ -1,6 +1,6 @@
 """The thin LLaMA, its loaders and its tokenizer."""
 
-from .load import load
+from .loading import load
 from .model import LanguageModel
 
 __all__ = ["LanguageModel", "load"]

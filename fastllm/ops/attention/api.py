@@ -48,6 +48,9 @@ def _prepare(
         raise shape_error("attention", "v", v.shape, f"{tuple(k.shape)}", "to match k")
     if not isinstance(causal, bool):
         raise type_error("attention", "causal", causal, "True or False")
+    for name, value in (("scale", scale), ("window", window), ("softcap", softcap)):
+        if value is not None:
+            _check.number("attention", name, value)
     if scale is not None and not math.isfinite(scale):
         raise value_error("attention", "scale", scale, "a finite number, or None for D ** -0.5")
     if window is not None and not window >= 1:

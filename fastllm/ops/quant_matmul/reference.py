@@ -29,9 +29,10 @@ def quantize_activations(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     grouped = torch.nn.functional.pad(x.float(), (0, -k % group_size)).unflatten(-1, (-1, group_size))
     amax = grouped.abs().amax(-1, keepdim=True)
     usable = amax.isfinite() & (amax >= TINY)
-    inverse = torch.where(usable, 127.0 / amax, 0.0)
+    steps = torch.full_like(amax, 127.0)  # a tensor: PyTorch turns number / tensor into number * (1 / tensor)
+    inverse = torch.where(usable, steps / amax, 0.0)
     q = torch.where(usable, (grouped * inverse).round(), 0.0)
-    scale = torch.where(usable, amax / 127.0, torch.where(amax.isfinite(), 0.0, torch.nan))
+    scale = torch.where(usable, amax / steps, torch.where(amax.isfinite(), 0.0, torch.nan))
     return q.flatten(-2)[..., :k], scale.squeeze(-1)
 
 

@@ -138,8 +138,7 @@ inline __m512 fmaddsub_ps(__m512 a, __m512 b, __m512 c) {
 
 #define _mm512_reduce_add_ps(a) ::emulated::reduced<float>(a, [](float x, float y) { return x + y; })
 #define _mm512_reduce_max_ps(a) ::emulated::reduced<float>(a, [](float x, float y) { return x > y ? x : y; })
-#define _mm512_reduce_max_epi32(a) \
-  ::emulated::reduced<int32_t>(a, [](int32_t x, int32_t y) { return x > y ? x : y; })
+#define _mm512_reduce_max_epi32(a) ::emulated::reduced<int32_t>(a, [](int32_t x, int32_t y) { return x > y ? x : y; })
 #define _mm512_reduce_add_epi32(a) ::emulated::reduced<int32_t>(a, [](int32_t x, int32_t y) { return x + y; })
 
 #undef _mm512_maskz_loadu_ps

@@ -1,0 +1,222 @@
+"""Shapes, inputs and PyTorch's own way, for tests, verify and bench."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from ...quant.tensor import QuantizedTensor, store_integers
+from .._case import Case, OpCases
+from . import reference
+from .api import quant_matmul
+
+
+def torch_linear(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float") -> Tensor:
+    """F.linear on the dequantised weight; with int8 activations on activations that were rounded and widened again."""
+    if activations == "int8":
+        group_size = reference.activation_group(w.group_size)
+        rounded = reference.quantize_activations(x, group_size)
+        x = reference.dequantize_activations(*rounded, group_size, torch.float32).to(x.dtype)
+    return torch.nn.functional.linear(x, w.dequantize(x.dtype), bias)
+
+
+def random_weight(
+    g: Generator, n: int, k: int, bits: int, group_size: int, form: str, scale_dtype: torch.dtype = torch.float16
+) -> QuantizedTensor:
+    """Integers over the whole range. form: "minimum" as Q4_1, "zero" as Q4_0 and Q8_0, "both" as GPTQ's odd zero points."""
+    group_size = k if group_size == -1 else group_size
+    shape = (n, k // group_size)
+    q = torch.randint(0, 1 << bits, (n, k), generator=g, dtype=torch.uint8)
+    scale = (0.5 + torch.rand(shape, generator=g)) * (0.1 / (1 << bits - 1))
+    minimum = -scale * (1 << bits - 1) * (0.8 + 0.4 * torch.rand(shape, generator=g))
+    zero = {"minimum": 0, "zero": 1 << bits - 1, "both": 5}[form]
+    return QuantizedTensor.make(
+        store_integers(q, bits),
+        scale.to(scale_dtype),
+        None if form == "zero" else minimum.to(scale_dtype),
+        zero=zero,
+        shape=(n, k),
+        bits=bits,
+        group_size=group_size,
+    ).pack()
+
+
+def _inputs(
+    m: int | tuple[int, ...],
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    bits: int = 4,
+    group_size: int = 32,
+    form: str = "minimum",
+    activations: str = "float",
+    bias: bool = False,
+    mean: float = 0.0,
+    outliers: bool = False,
+    strided: bool = False,
+    scale_dtype: torch.dtype = torch.float16,
+) -> Callable[[Generator], dict[str, Any]]:
+    def make(g: Generator) -> dict[str, Any]:
+        shape = (m, k) if isinstance(m, int) else (*m, k)
+        x = torch.randn(shape, generator=g) + mean
+        if outliers:
+            x[..., ::97] *= 1000.0 if dtype != torch.float16 else 100.0
+            x[..., k // 2 : k // 2 + 128] = 0.0  # whole groups
+        x = x.to(dtype)
+        if strided:  # every other row of a larger buffer
+            x = torch.stack([x, x.flip(-1)], -2)[..., 0, :]
+        kwargs: dict[str, Any] = {
+            "x": x,
+            "w": random_weight(g, n, k, bits, group_size, form, scale_dtype),
+            "activations": activations,
+        }
+        if bias:
+            kwargs["bias"] = torch.randn(n, generator=g).to(dtype)
+        return kwargs
+
+    return make
+
+
+_LLAMA_1B = {
+    "qkv": (3072, 2048),
+    "output": (2048, 2048),
+    "gate up": (16384, 2048),
+    "down": (2048, 8192),
+    "head": (128256, 2048),
+}
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+
+        def add(name: str, m: int | tuple[int, ...], n: int, k: int, _dtype: torch.dtype = dtype, **options: Any) -> None:
+            bench = options.pop("bench", False)
+            bits, rows = options.get("bits", 4), torch.Size([m] if isinstance(m, int) else m).numel()
+            group_size = options.get("group_size", 32)
+            scales = n * (1 if group_size == -1 else k // group_size) * (2 if options.get("form") == "zero" else 4)
+            size = n * k * bits // 8 + scales + rows * (n + k) * _dtype.itemsize
+            for activations in ("float", "int8"):
+                make = _inputs(m, n, k, _dtype, activations=activations, **options)
+                cases.append(Case(f"{name} {activations} activations", _dtype, make, size, 2 * rows * n * k, bench))
+
+        for part, (n, k) in _LLAMA_1B.items():
+            add(f"llama-3.2-1b {part} decode 1x{n}x{k} int4 g32", 1, n, k, bench=True)
+            if part != "head":
+                add(f"llama-3.2-1b {part} prefill 512x{n}x{k} int4 g32", 512, n, k, bench=True)
+        add(
+            "llama-3.2-1b gate up decode 1x16384x2048 int8 rows", 1, 16384, 2048, bits=8, group_size=-1, form="zero", bench=True
+        )
+        add(
+            "llama-3.2-1b gate up prefill 512x16384x2048 int8 rows",
+            512,
+            16384,
+            2048,
+            bits=8,
+            group_size=-1,
+            form="zero",
+            bench=True,
+        )
+        add("smollm2-135m qkv 1x960x576", 1, 960, 576)
+        add("smollm2-135m down 5x576x1536", 5, 576, 1536)
+        add("int4 g32 minimum 31x40x576", 31, 40, 576, bias=True)
+        add("int4 g32 zero 7x33x64", 7, 33, 64, form="zero")
+        add("int4 g32 both 3x17x96", 3, 17, 96, form="both", scale_dtype=torch.bfloat16)
+        add("int4 g64 minimum 4x50x1536", 4, 50, 1536)
+        add("int4 g64 zero 13x50x192", 13, 50, 192, form="zero", group_size=64, scale_dtype=torch.float32, bias=True)
+        add("int4 g128 minimum 2x50x640", 2, 50, 640, group_size=128)
+        add("int4 row zero 1x131x131", 1, 131, 131, group_size=-1, form="zero")
+        add("int4 row minimum 9x19x1031", 9, 19, 1031, group_size=-1)
+        add("int8 row zero 1x65x576", 1, 65, 576, bits=8, group_size=-1, form="zero", bias=True)
+        add("int8 row zero 33x47x131", 33, 47, 131, bits=8, group_size=-1, form="zero")
+        add("int8 g32 zero 2x3x7x47x544", (2, 3, 7), 47, 544, bits=8, form="zero")
+        add("int8 g32 minimum 5x15x64", 5, 15, 64, bits=8, scale_dtype=torch.float32)
+        add("int8 g128 both 6x16x256", 6, 16, 256, bits=8, group_size=128, form="both")
+        add("one row, one column 1x1x1", 1, 1, 1, group_size=-1)
+        add("short 4x2x5 int8", 4, 2, 5, bits=8, group_size=-1)
+        add("no tokens 0x16x64", 0, 16, 64)
+        add("strided 6x20x160", 6, 20, 160, strided=True)
+        add("more tokens than a pass 300x18x64", 300, 18, 64)
+        add("activations with a mean 8x40x640", 8, 40, 640, mean=1.0)
+        add("activations with a mean 1x40x640 int8", 1, 40, 640, mean=1.0, bits=8, group_size=64, form="zero")
+        add("outliers and empty groups 5x48x1056", 5, 48, 1056, outliers=True)
+    return cases
+
+
+def _with(change: Callable[[QuantizedTensor], QuantizedTensor]) -> Callable[..., Tensor]:
+    """The reference on a weight that was changed in the canonical layout."""
+
+    def wrong(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float") -> Tensor:
+        return reference.quant_matmul(x, change(w.unpack()), bias, activations=activations)
+
+    return wrong
+
+
+def _swap_nibbles(w: QuantizedTensor) -> QuantizedTensor:
+    return replace(w, data=(w.data << 4) | (w.data >> 4)) if w.bits == 4 and w.shape[1] % 2 == 0 else w
+
+
+def _activation_scales_forgotten(
+    x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float"
+) -> Tensor:
+    if activations == "int8":
+        group_size = reference.activation_group(w.group_size)
+        q, scale = reference.quantize_activations(x, group_size)
+        x = reference.dequantize_activations(q, scale.mean(-1, keepdim=True).expand_as(scale), group_size, torch.float64)
+    return reference.quant_matmul(x, w, bias)
+
+
+def _activations_truncated(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float") -> Tensor:
+    if activations == "int8":
+        group_size = reference.activation_group(w.group_size)
+        _, scale = reference.quantize_activations(x, group_size)
+        exact = x / scale.double().repeat_interleave(group_size, -1)[..., : x.shape[-1]]
+        x = reference.dequantize_activations(exact.nan_to_num(0.0).trunc(), scale, group_size, torch.float64)
+    return reference.quant_matmul(x, w, bias)
+
+
+def _activations_not_quantized(
+    x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float"
+) -> Tensor:
+    return reference.quant_matmul(x, w, bias)
+
+
+def _last_column_dropped(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float") -> Tensor:
+    x = x.clone()
+    x[..., -1:] = 0
+    return reference.quant_matmul(x, w, bias, activations=activations)
+
+
+def _no_bias(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float") -> Tensor:
+    return reference.quant_matmul(x, w, activations=activations)
+
+
+CASES = OpCases(
+    op="quant_matmul",
+    call=quant_matmul,
+    reference=reference.quant_matmul,
+    torch=torch_linear,
+    rival="F.linear on dequantised weights",
+    cases=_cases(),
+    compute_bound=lambda case: case.flops >= 16 * case.bytes,  # from about 32 tokens on
+    mutants={
+        "zero is off by one": _with(lambda w: replace(w, zero=w.zero + 1)),
+        "scales are shifted by one group": _with(lambda w: replace(w, scale=w.scale.roll(1, dims=1))),
+        "minimums are shifted by one group": _with(
+            lambda w: w if w.minimum is None else replace(w, minimum=w.minimum.roll(1, dims=1))
+        ),
+        "minimum is dropped": _with(lambda w: replace(w, minimum=None)),
+        "nibbles are swapped": _with(_swap_nibbles),
+        "two rows of a block are swapped": _with(lambda w: replace(w, data=w.data.flip(0))),
+        "last column is dropped": _last_column_dropped,
+        "bias is dropped": _no_bias,
+        "one scale of activations serves all groups": _activation_scales_forgotten,
+        "activations are truncated, not rounded": _activations_truncated,
+        "activations are not quantised": _activations_not_quantized,
+    },
+)
