@@ -8,10 +8,11 @@
 namespace fastllm {
 
 enum class DType : uint8_t { f32, bf16, f16, f64, u8, i8, i32, i64, boolean };
+inline constexpr int kNumDTypes = 9;
 
 inline const char* name(DType dtype) {
-  constexpr const char* names[] = {"float32", "bfloat16", "float16", "float64", "uint8",
-                                   "int8",    "int32",    "int64",   "bool"};
+  constexpr const char* names[kNumDTypes] = {"float32", "bfloat16", "float16", "float64", "uint8",
+                                             "int8",    "int32",    "int64",   "bool"};
   return names[static_cast<int>(dtype)];
 }
 

@@ -4,9 +4,16 @@
 // DLTensor in tens of nanoseconds without touching a reference count. Older versions are read through the tensor's
 // Python attributes, which costs about a microsecond a tensor. Neither needs a torch header. The struct layouts are
 // DLPack 1.x's ABI: https://dmlc.github.io/dlpack/latest/c_api.html
+//
+// Whatever has no dense memory of its own (sparse, meta, fake, nested, ...) is a TypeError in words. A tensor's
+// negative bit cannot be seen here: the direct door (fastllm/ops/_op.py) keeps such tensors away.
 #pragma once
 
 #include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
 
 #include "tensor.h"
 
@@ -50,8 +57,7 @@ namespace fastllm {
 struct Boundary {
   const dlpack::ExchangeApi* api = nullptr;
   PyTypeObject* tensor_type = nullptr;
-  PyObject* parameter_type = nullptr;
-  PyObject* dtypes[9] = {};  // torch dtype objects, in the order of DType
+  PyObject* dtypes[kNumDTypes] = {};  // torch dtype objects, in the order of DType
 
   static Boundary& get() {
     static Boundary boundary;
@@ -61,10 +67,11 @@ struct Boundary {
   void initialise() {
     namespace py = pybind11;
     py::module_ torch = py::module_::import("torch");
-    py::object type = torch.attr("Tensor");
-    tensor_type = reinterpret_cast<PyTypeObject*>(type.ptr());
-    for (int i = 0; i < 9; ++i) dtypes[i] = torch.attr(name(static_cast<DType>(i))).ptr();
-    type.release();  // lives as long as torch does
+    // References kept: they live as long as torch does.
+    tensor_type = reinterpret_cast<PyTypeObject*>(py::object(torch.attr("Tensor")).release().ptr());
+    for (int i = 0; i < kNumDTypes; ++i) {
+      dtypes[i] = py::object(torch.attr(name(static_cast<DType>(i)))).release().ptr();
+    }
     use_exchange_api(true);
   }
 
@@ -76,7 +83,7 @@ struct Boundary {
       py::object capsule = type.attr("__dlpack_c_exchange_api__");
       auto* found = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
       if (found == nullptr) throw py::error_already_set();
-      if (found->version.major == 1) api = found;
+      if (found->version.major == 1 && found->tensor_from_py_object != nullptr) api = found;
     }
     return api != nullptr;
   }
@@ -84,10 +91,44 @@ struct Boundary {
   bool is_tensor(PyObject* object) const { return PyObject_TypeCheck(object, tensor_type); }
 };
 
-inline bool view_by_exchange_api(PyObject* object, TensorView& out) {
+// What the error texts say of a tensor: "torch.float32 sparse_coo tensor on cpu".
+inline std::string described(PyObject* tensor) {
+  const pybind11::handle t(tensor);
+  const auto text = [&](const char* attribute) { return pybind11::str(t.attr(attribute)).cast<std::string>(); };
+  std::string layout = text("layout");
+  return text("dtype") + " " + layout.substr(layout.find('.') + 1) + " tensor on " + text("device");
+}
+
+// PyTorch's own sentence, without the C++ stack that some of its messages carry.
+inline std::string first_line(const char* message) {
+  const char* end = std::strchr(message, '\n');
+  return end ? std::string(message, end) : std::string(message);
+}
+
+[[noreturn]] inline void refuse_dtype(PyObject* tensor) {
+  std::string expected;
+  for (int i = 0; i < kNumDTypes; ++i) {
+    expected += std::string(i == 0 ? "" : i + 1 < kNumDTypes ? ", " : " or ") + name(static_cast<DType>(i));
+  }
+  throw pybind11::type_error("fastllm: an argument is a " + described(tensor) + ", expected dtype " + expected);
+}
+
+[[noreturn]] inline void refuse_storage(PyObject* tensor, const std::string& because) {
+  throw pybind11::type_error("fastllm: an argument is a " + described(tensor) +
+                             ", expected a dense tensor with memory of its own, because " + because);
+}
+
+inline void check_ndim(int64_t ndim) {
+  FASTLLM_CHECK(ndim <= kMaxDims, "fastllm: an argument has ", ndim, " dims, expected at most ", kMaxDims);
+}
+
+inline void view_by_exchange_api(PyObject* object, TensorView& out) {
   dlpack::Tensor t;
-  if (Boundary::get().api->tensor_from_py_object(object, &t) != 0) throw pybind11::error_already_set();
-  FASTLLM_CHECK(t.ndim <= kMaxDims, "fastllm: a tensor has ", t.ndim, " dimensions, expected at most ", kMaxDims);
+  if (Boundary::get().api->tensor_from_py_object(object, &t) != 0) {
+    pybind11::error_already_set error;  // takes the Python error over
+    refuse_storage(object, "PyTorch says: " + first_line(error.what()));
+  }
+  check_ndim(t.ndim);
   constexpr int kInt = 0, kUint = 1, kFloat = 2, kBfloat = 4, kBool = 6;
   const int code = t.dtype.code, bits = t.dtype.bits;
   if (code == kFloat && bits == 32)
@@ -109,40 +150,55 @@ inline bool view_by_exchange_api(PyObject* object, TensorView& out) {
   else if (code == kBool && bits == 8)
     out.dtype = DType::boolean;
   else
-    return false;
-  out.data = static_cast<char*>(t.data) + t.byte_offset;
+    refuse_dtype(object);
+  out.data = t.data == nullptr ? nullptr : static_cast<char*>(t.data) + t.byte_offset;
   out.on_cpu = t.device.type == 1;
   out.device_index = t.device.id;
   out.ndim = t.ndim;
-  for (int i = 0; i < t.ndim; ++i) {
+  int64_t contiguous = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
     out.shape[i] = t.shape[i];
-    out.strides[i] = t.strides[i];
+    out.strides[i] = t.strides ? t.strides[i] : contiguous;  // DLPack before 1.2: null means contiguous
+    contiguous *= t.shape[i];
   }
-  return true;
 }
 
-inline bool view_by_attributes(PyObject* object, TensorView& out) {
+inline void view_by_attributes(PyObject* object, TensorView& out) {
   namespace py = pybind11;
   py::handle t(object);
   py::object dtype = t.attr("dtype");
   int index = 0;
-  while (index < 9 && Boundary::get().dtypes[index] != dtype.ptr()) ++index;
-  if (index == 9) return false;
+  while (index < kNumDTypes && Boundary::get().dtypes[index] != dtype.ptr()) ++index;
+  if (index == kNumDTypes) refuse_dtype(object);
   out.dtype = static_cast<DType>(index);
-  out.data = reinterpret_cast<void*>(t.attr("data_ptr")().cast<uintptr_t>());
+  py::tuple shape, strides;
+  try {
+    out.data = reinterpret_cast<void*>(t.attr("data_ptr")().cast<uintptr_t>());
+    shape = t.attr("shape");
+    strides = t.attr("stride")();
+  } catch (const py::error_already_set& error) {
+    refuse_storage(object, "PyTorch says: " + first_line(error.what()));
+  }
   py::object device = t.attr("device");
   out.on_cpu = device.attr("type").cast<std::string>() == "cpu";
   py::object device_index = device.attr("index");
   out.device_index = device_index.is_none() ? 0 : device_index.cast<int>();
-  py::tuple shape = t.attr("shape"), strides = t.attr("stride")();
-  FASTLLM_CHECK(shape.size() <= kMaxDims, "fastllm: a tensor has ", shape.size(), " dimensions, expected at most ",
-                kMaxDims);
+  check_ndim(static_cast<int64_t>(shape.size()));
   out.ndim = static_cast<int>(shape.size());
   for (int i = 0; i < out.ndim; ++i) {
     out.shape[i] = shape[i].cast<int64_t>();
     out.strides[i] = strides[i].cast<int64_t>();
   }
-  return true;
+}
+
+}  // namespace fastllm
+
+namespace fastllm {
+
+// While a thread records kernel calls, every tensor that crosses is kept alive here: the calls point into it.
+inline std::vector<pybind11::object>*& keep_alive() {
+  static thread_local std::vector<pybind11::object>* tensors = nullptr;
+  return tensors;
 }
 
 }  // namespace fastllm
@@ -155,9 +211,20 @@ struct type_caster<fastllm::TensorView> {
 
   bool load(handle source, bool) {
     const auto& boundary = fastllm::Boundary::get();
-    if (!boundary.is_tensor(source.ptr())) return false;
-    return boundary.api ? fastllm::view_by_exchange_api(source.ptr(), value)
-                        : fastllm::view_by_attributes(source.ptr(), value);
+    if (!boundary.is_tensor(source.ptr())) {
+      throw type_error(std::string("fastllm: an argument is a ") + Py_TYPE(source.ptr())->tp_name +
+                       ", expected a torch.Tensor");
+    }
+    if (boundary.api != nullptr) {
+      fastllm::view_by_exchange_api(source.ptr(), value);
+    } else {
+      fastllm::view_by_attributes(source.ptr(), value);
+    }
+    if (value.data == nullptr && value.numel() != 0) {
+      fastllm::refuse_storage(source.ptr(), "this one (a meta, fake or functional tensor) has only a shape");
+    }
+    if (auto* tensors = fastllm::keep_alive()) tensors->push_back(reinterpret_borrow<object>(source));
+    return true;
   }
 };
 

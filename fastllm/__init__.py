@@ -1,6 +1,32 @@
 """fastllm: custom fused kernels for LLaMA-family models in PyTorch."""
 
 from .backends import info, use_backend
-from .ops import rms_norm
+from .integrations.transformers import accelerate
+from .models import load
+from .ops import (
+    apply_rotary,
+    apply_rotary_cache,
+    attention,
+    embedding,
+    gated_activation,
+    quant_matmul,
+    rms_norm,
+)
+from .ops._explain import explain
+from .quant import quantize
 
-__all__ = ["info", "rms_norm", "use_backend"]
+__all__ = [
+    "accelerate",
+    "apply_rotary",
+    "apply_rotary_cache",
+    "attention",
+    "embedding",
+    "explain",
+    "gated_activation",
+    "info",
+    "load",
+    "quant_matmul",
+    "quantize",
+    "rms_norm",
+    "use_backend",
+]

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .models.loaders import ModelConfig
+
 __all__ = ["add_arguments", "main"]
 
 PROMPT = "Why is the sky blue? Answer in three sentences."
@@ -67,15 +69,17 @@ class FastllmEngine:
         prefill(self.model.llama, [ids], self.model.llama.new_cache(1, len(ids)))
 
     def decoder(self, ids: list[int]) -> Callable[[], int]:
+        from .generation.decode import DecodeStep
         from .generation.loop import prefill
 
         llama = self.model.llama
         cache = llama.new_cache(1, len(ids) + DECODE_TOKENS + 1)
         token = int(prefill(llama, [ids], cache)[0].argmax())
+        decode = DecodeStep(llama, cache)
 
         def step() -> int:
             nonlocal token
-            token = int(llama.head(llama.hidden_states(torch.tensor([[token]]), cache)[:, -1]).argmax())
+            token = int(decode([token])[0].argmax())
             cache.lengths += 1
             return token
 
@@ -142,7 +146,7 @@ def _transformers_model(path: str, dtype: torch.dtype) -> Any:
     # loading time are as small as they can be. (transformers' own GGUF reader gives the same weights; tests compare them.)
     checkpoint = read_checkpoint(path)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(checkpoint.config.to_transformers(), dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_config(_transformers_config(checkpoint.config), dtype=dtype)
     for name, value in checkpoint.tensors.items():
         value = value.dequantize(dtype) if isinstance(value, QuantizedTensor) else value.to(dtype)
         owner, _, leaf = name.rpartition(".")
@@ -151,6 +155,26 @@ def _transformers_model(path: str, dtype: torch.dtype) -> Any:
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(rotary.config)  # its tables are computed, not stored: now on a real device
     return model
+
+
+def _transformers_config(config: ModelConfig) -> Any:
+    import transformers
+
+    return transformers.AutoConfig.for_model(
+        config.architecture,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_positions,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters={"rope_theta": config.rope_theta, "rope_type": "default", **(config.rope_scaling or {})},
+        sliding_window=config.sliding_window,
+        tie_word_embeddings=config.tie_embeddings,
+    )
 
 
 def _peak_rss_mib() -> float:

@@ -6,19 +6,26 @@ import pytest
 import torch
 
 from fastllm.backends import isa_names
-from fastllm.measure.verify import all_cases, case_inputs, forced, results, run_case
+from fastllm.measure.verify import all_cases, case_inputs, forced, mutants, results, run_case, too_slow
 
 SPECS = all_cases()
 EVERY = [pytest.param(spec, case, id=f"{spec.op}-{case.name}-{case.dtype}") for spec in SPECS.values() for case in spec.cases]
 
 
-@pytest.mark.parametrize("isa", isa_names())
+@pytest.mark.parametrize("isa", isa_names())  # the fastest to vary: a case's reference is computed once
 @pytest.mark.parametrize(("spec", "case"), EVERY)
 def test_cpu_kernel_is_within_the_rule(spec, case, isa, poisoned):
+    if too_slow(case, isa):
+        pytest.skip("large, on the scalar rung")
     with forced("cpu", isa):
         verdict = run_case(spec, case)
     assert verdict.ok, verdict.why
     poisoned.check()
+
+
+def bits(t):
+    """As bytes, so that a NaN equals itself."""
+    return t.contiguous().flatten().view(torch.uint8)
 
 
 @pytest.mark.parametrize("isa", isa_names())
@@ -27,6 +34,8 @@ def test_bits_do_not_depend_on_threads_or_repetition(spec, isa):
     threads = torch.get_num_threads()
     try:
         for case in spec.cases:
+            if too_slow(case, isa):
+                continue
             inputs = case_inputs(spec, case)
             outputs = []
             for count in (1, threads, threads):
@@ -34,25 +43,17 @@ def test_bits_do_not_depend_on_threads_or_repetition(spec, isa):
                 with forced("cpu", isa), torch.no_grad():
                     outputs.append(results(spec.call(**inputs)))
             for first, second, third in zip(*outputs):
-                assert (first.equal(second) and second.equal(third)) or first.isnan().any(), case.name
+                assert bits(first).equal(bits(second)), f"{case.name}: threads"
+                assert bits(second).equal(bits(third)), f"{case.name}: repetition"
     finally:
         torch.set_num_threads(threads)
 
 
-MUTANTS = [pytest.param(spec, name, id=f"{spec.op}-{name}") for spec in SPECS.values() for name in spec.mutants]
+MUTANTS = [pytest.param(spec.op, name, id=f"{spec.op}-{name}") for spec in SPECS.values() for name in spec.mutants]
 
 
-@pytest.mark.parametrize(("spec", "mutant"), MUTANTS)
-def test_the_rule_catches_the_mutant(spec, mutant):
+@pytest.mark.parametrize(("op", "mutant"), MUTANTS)
+def test_the_rule_catches_the_mutant(op, mutant):
     """The test of the test: a wrong op must fail the rule somewhere."""
-
-    def wrong(**inputs):
-        dtype = case.dtype
-        wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-        return tuple(y.to(dtype) for y in results(spec.mutants[mutant](**wide)))
-
-    caught = []
-    for case in spec.cases:
-        if not run_case(spec, case, wrong).ok:
-            caught.append(case.name)
-    assert caught, f"no case of {spec.op} notices that {mutant}"
+    found = next(m for m in mutants(op) if m.mutant == mutant)
+    assert found.case, f"no case of {op} notices that {mutant}"

@@ -76,10 +76,12 @@ void bind_quant_matmul(py::module_& m) {
         a.bits = bits;
         a.zero = zero;
         a.threads = threads;
-        Scratch scratch(int8_activations ? quant_matmul_int8_scratch(a.M, K) : quant_matmul_float_scratch(a.M, K));
-        a.scratch = scratch.get();
-        py::gil_scoped_release release;
-        int8_activations ? quant_matmul_int8_kernel(a) : quant_matmul_float_kernel(a);
+        launch([a, int8_activations]() mutable {
+          Scratch scratch(int8_activations ? quant_matmul_int8_scratch(a.M, a.K)
+                                           : quant_matmul_float_scratch(a.M, a.K));
+          a.scratch = scratch.get();
+          int8_activations ? quant_matmul_int8_kernel(a) : quant_matmul_float_kernel(a);
+        });
       },
       "(x, data, scale, minimum, bias, y, N, K, bits, group_size, zero, int8_activations, threads): fills y");
   declare_rungs(m, "quant_matmul float", quant_matmul_float_kernel);

@@ -5,8 +5,13 @@
 
 namespace fastllm::cpu {
 
+void bind_attention(py::module_& m);
+void bind_embedding(py::module_& m);
+void bind_limits(py::module_& m);
+void bind_gated_activation(py::module_& m);
 void bind_quant_matmul(py::module_& m);
 void bind_rms_norm(py::module_& m);
+void bind_rotary(py::module_& m);
 
 namespace {
 
@@ -41,10 +46,33 @@ PYBIND11_MODULE(_cpu, m) {
     FASTLLM_CHECK(set_thread_runtime(name.c_str()), "fastllm: thread runtime '", name,
                   "' is not available, expected 'pool', or 'openmp' where PyTorch has loaded an OpenMP runtime");
   });
+  // What a kernel would see of a tensor: (address, dtype, on_cpu, device index, shape, strides). For tests.
+  m.def("tensor_view", [](const TensorView& x) {
+    py::tuple shape(x.ndim), strides(x.ndim);
+    for (int i = 0; i < x.ndim; ++i) {
+      shape[i] = x.shape[i];
+      strides[i] = x.strides[i];
+    }
+    return py::make_tuple(reinterpret_cast<uintptr_t>(x.data), name(x.dtype), x.on_cpu, x.device_index, shape, strides);
+  });
   // True if tensors cross through DLPack's C exchange API, false if through Python attributes.
   m.def("use_exchange_api", [](bool enabled) { return Boundary::get().use_exchange_api(enabled); });
+  py::class_<Recording>(m, "Recording", "Kernel calls of this thread between start() and stop(), for replay().")
+      .def(py::init<>())
+      .def("start", &Recording::start)
+      .def_static("stop", &Recording::stop)
+      .def("__len__", [](const Recording& recording) { return recording.calls.size(); })
+      .def("replay", [](const Recording& recording) {
+        py::gil_scoped_release release;
+        for (const auto& call : recording.calls) call();
+      });
+  bind_attention(m);
+  bind_embedding(m);
+  bind_limits(m);
+  bind_gated_activation(m);
   bind_quant_matmul(m);
   bind_rms_norm(m);
+  bind_rotary(m);
 }
 
 }  // namespace fastllm::cpu

@@ -4,8 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <functional>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "../tensor_caster.h"
 #include "isa.h"
@@ -13,6 +15,35 @@
 namespace fastllm::cpu {
 
 namespace py = pybind11;
+
+// The kernel calls of one stretch of Python, to be made again without Python: a decode step calls the same kernels on
+// the same memory every time, and reads what changes (ids, positions, lengths) from that memory.
+struct Recording {
+  std::vector<std::function<void()>> calls;
+  std::vector<py::object> tensors;  // everything that crossed the boundary meanwhile: the calls point into it
+
+  void start() {
+    active() = this;
+    keep_alive() = &tensors;
+  }
+  static void stop() {
+    active() = nullptr;
+    keep_alive() = nullptr;
+  }
+  static Recording*& active() {
+    static thread_local Recording* recording = nullptr;
+    return recording;
+  }
+};
+
+// What an op's door does last: runs the kernel without Python's lock, and writes the call down if this thread records.
+// `call` owns its arguments and what scratch memory it needs.
+template <typename Call>
+void launch(Call call) {
+  if (Recording* recording = Recording::active()) recording->calls.emplace_back(call);
+  py::gil_scoped_release release;
+  call();
+}
 
 // Which entry points exist: `module.kernels["rms_norm"]()` names the rung that would serve now.
 template <typename Args>

@@ -40,14 +40,17 @@ struct KernelTable {
   void name(const Args&);                    \
   }
 
+#define FASTLLM_TABLE_scalar(name) {scalar::name, nullptr, nullptr, nullptr, nullptr}
 #if defined(__x86_64__) || defined(_M_X64)
 #define FASTLLM_TABLE_avx2(name) {scalar::name, avx2::name, nullptr, nullptr, nullptr}
 #define FASTLLM_TABLE_avx512(name) {scalar::name, avx2::name, avx512::name, nullptr, nullptr}
 #define FASTLLM_TABLE_avx512_vnni(name) {scalar::name, avx2::name, avx512::name, avx512_vnni::name, nullptr}
+#define FASTLLM_TABLE_avx512_bf16(name) {scalar::name, avx2::name, avx512::name, avx512_vnni::name, avx512_bf16::name}
 #else
-#define FASTLLM_TABLE_avx2(name) {scalar::name, nullptr, nullptr, nullptr, nullptr}
-#define FASTLLM_TABLE_avx512(name) FASTLLM_TABLE_avx2(name)
-#define FASTLLM_TABLE_avx512_vnni(name) FASTLLM_TABLE_avx2(name)
+#define FASTLLM_TABLE_avx2(name) FASTLLM_TABLE_scalar(name)
+#define FASTLLM_TABLE_avx512(name) FASTLLM_TABLE_scalar(name)
+#define FASTLLM_TABLE_avx512_vnni(name) FASTLLM_TABLE_scalar(name)
+#define FASTLLM_TABLE_avx512_bf16(name) FASTLLM_TABLE_scalar(name)
 #endif
 
 #define FASTLLM_KERNEL(name, Args, highest_rung) \
@@ -55,4 +58,5 @@ struct KernelTable {
   FASTLLM_DECLARE_IN(avx2, name, Args)           \
   FASTLLM_DECLARE_IN(avx512, name, Args)         \
   FASTLLM_DECLARE_IN(avx512_vnni, name, Args)    \
+  FASTLLM_DECLARE_IN(avx512_bf16, name, Args)    \
   inline constexpr KernelTable<Args> name##_kernel = {FASTLLM_TABLE_##highest_rung(name)};

@@ -13,8 +13,8 @@
 #include <cstring>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <thread>
-#include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -60,8 +60,8 @@ GompParallel find_gomp() {
         file = file ? file + 1 : name;
         const bool openmp = !std::strncmp(file, "libgomp", 7) || !std::strncmp(file, "libiomp5", 8);
         auto& path = *static_cast<std::string*>(out);
-        // Two runtimes may be loaded; the one that PyTorch carries is the one to share.
-        if (openmp && (path.empty() || std::strstr(name, "/torch/"))) path = name;
+        // Two runtimes may be loaded; the one that PyTorch carries (torch/lib or torch.libs) is the one to share.
+        if (openmp && (path.empty() || std::strstr(name, "/torch"))) path = name;
         return 0;
       },
       &path);
@@ -86,75 +86,113 @@ inline void pause() {
 #endif
 }
 
+// Workers join a job of their own accord, and only while it is open. The owner works too, closes the job when no chunk
+// is left, and waits for those who joined: a worker that another process keeps from its core is never waited for unless
+// it has a chunk in hand. One word holds everything that this takes: (generation << 32) | (free places << 16) | joined.
 class Pool {
  public:
   void run(Job& job, int threads) {
     // One job at a time; a second Python thread does its work alone rather than wait for a core that is busy anyway.
-    std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
-    if (!busy.owns_lock()) {
+    if (busy_.test_and_set(std::memory_order_acquire)) {
       job.work();
       return;
     }
-    while (static_cast<int>(workers_.size()) < threads - 1) {
-      const int index = static_cast<int>(workers_.size());
-      workers_.emplace_back([this, index, seen = generation_.load()] { loop(index, seen); });
-      workers_.back().detach();  // they sleep when the process ends; nothing of theirs needs closing
-    }
+    const int places = start_workers(threads - 1);
     job_ = &job;
-    invited_ = threads - 1;
-    running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
     {
-      std::lock_guard<std::mutex> lock(mutex_);
-      generation_.fetch_add(1, std::memory_order_release);
+      std::lock_guard<std::mutex> lock(mutex_);  // else a worker could miss this between its look and its sleep
+      // Releases job_ to whoever joins. Nobody has joined now, so that a plain store loses nothing.
+      state_.store((static_cast<uint64_t>(++generation_) << 32) | (static_cast<uint64_t>(places) << 16),
+                   std::memory_order_release);
     }
     wake_.notify_all();
     job.work();
-    while (running_.load(std::memory_order_acquire) != 0) pause();
+    // The job lies on the caller's stack: first nobody may join any more, then everybody must have left.
+    state_.fetch_and(~kPlaces, std::memory_order_relaxed);
+    for (int i = 0; (state_.load(std::memory_order_acquire) & kJoined) != 0; ++i) {
+      if (i < kSpins) {
+        pause();
+      } else {
+        std::this_thread::yield();  // the one we wait for may need this very core
+      }
+    }
+    busy_.clear(std::memory_order_release);
   }
 
  private:
-  void loop(int index, uint64_t seen) {
+  int start_workers(int wanted) {
+    if (wanted > kMaxWorkers) wanted = kMaxWorkers;
+    try {
+      for (; workers_ < wanted; ++workers_) {
+        // Detached: they sleep when the process ends; nothing of theirs needs closing.
+        std::thread([this, seen = generation_] { loop(seen); }).detach();
+      }
+    } catch (const std::system_error&) {  // the system grants no more threads: those that we have will do
+    }
+    return workers_ < wanted ? workers_ : wanted;
+  }
+
+  void loop(uint32_t seen) {
     for (;;) {
       // Kernels of one model follow each other within microseconds: spin that long, then sleep and leave the core to
       // others.
-      for (int i = 0; i < kSpins && generation_.load(std::memory_order_acquire) == seen; ++i) pause();
-      if (generation_.load(std::memory_order_acquire) == seen) {
+      for (int i = 0; i < kSpins && generation() == seen; ++i) pause();
+      if (generation() == seen) {
         std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
+        wake_.wait(lock, [&] { return generation() != seen; });
       }
-      ++seen;
-      if (index < invited_) job_->work();
-      running_.fetch_sub(1, std::memory_order_release);
+      uint64_t state = state_.load(std::memory_order_relaxed);
+      seen = static_cast<uint32_t>(state >> 32);
+      while ((state & kPlaces) != 0 && static_cast<uint32_t>(state >> 32) == seen) {
+        if (state_.compare_exchange_weak(state, state - kOnePlace + 1, std::memory_order_acquire,
+                                         std::memory_order_relaxed)) {
+          job_->work();
+          state_.fetch_sub(1, std::memory_order_release);
+          break;
+        }
+      }
     }
   }
 
+  uint32_t generation() const { return static_cast<uint32_t>(state_.load(std::memory_order_relaxed) >> 32); }
+
+  static constexpr uint64_t kJoined = 0xffff, kOnePlace = 0x10000, kPlaces = 0xffff0000;
+  static constexpr int kMaxWorkers = 0xffff;
   static constexpr int kSpins = 2000;  // about 50 us with a 40-cycle pause
-  std::mutex busy_, mutex_;
+  std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
+  std::mutex mutex_;
   std::condition_variable wake_;
-  std::vector<std::thread> workers_;
-  std::atomic<uint64_t> generation_{0};
-  std::atomic<int> running_{0};
+  std::atomic<uint64_t> state_{0};
+  // The owner's:
+  uint32_t generation_ = 0;
+  int workers_ = 0;
   Job* job_ = nullptr;
-  int invited_ = 0;
 };
 
-// Never destroyed: detached workers may outlive static destructors. A forked child has none of its parent's threads, so
-// it starts with a pool of its own.
-std::atomic<Pool*> the_pool{nullptr};
+// ---------------------------------------------------------------- the choice
 
-Pool& pool() {
-  static const bool once = [] {
-    the_pool.store(new Pool);
-#if defined(__unix__) || defined(__APPLE__)
-    pthread_atfork(nullptr, nullptr, [] { the_pool.store(new Pool); });
-#endif
-    return true;
-  }();
-  (void)once;
-  return *the_pool.load(std::memory_order_relaxed);
+// Never destroyed: detached workers may outlive static destructors.
+std::atomic<Pool*> the_pool{nullptr};
+std::atomic<bool> use_openmp{true};
+
+// A forked child has none of its parent's threads: it gets a pool of its own, and leaves OpenMP alone, because libgomp
+// would wait for threads that are no longer there.
+void in_forked_child() {
+  the_pool.store(new Pool, std::memory_order_relaxed);
+  use_openmp.store(false, std::memory_order_relaxed);
 }
 
-std::atomic<bool> use_openmp{true};
+Pool& pool() { return *the_pool.load(std::memory_order_relaxed); }
+
+bool openmp_serves() { return use_openmp.load(std::memory_order_relaxed) && gomp() != nullptr; }
+
+const bool ready = [] {
+  the_pool.store(new Pool, std::memory_order_relaxed);
+#if defined(__unix__) || defined(__APPLE__)
+  pthread_atfork(nullptr, nullptr, in_forked_child);
+#endif
+  return true;
+}();
 
 }  // namespace
 
@@ -165,20 +203,20 @@ void run_chunks(int64_t count, int64_t grain, int threads, void (*body)(void*, i
   if (threads > chunks) threads = static_cast<int>(chunks);
   if (threads <= 1) {
     job.work();
-  } else if (use_openmp.load(std::memory_order_relaxed) && gomp() != nullptr) {
+  } else if (openmp_serves()) {
     gomp()([](void* job) { static_cast<Job*>(job)->work(); }, &job, static_cast<unsigned>(threads), 0);
   } else {
     pool().run(job, threads);
   }
 }
 
-const char* thread_runtime() { return use_openmp.load() && gomp() != nullptr ? "openmp" : "pool"; }
+const char* thread_runtime() { return openmp_serves() ? "openmp" : "pool"; }
 
 bool set_thread_runtime(const char* name) {
-  const bool openmp = !std::strcmp(name, "openmp");
-  if (openmp && gomp() == nullptr) return false;
-  use_openmp.store(openmp);
-  return openmp || !std::strcmp(name, "pool");
+  const bool openmp = !std::strcmp(name, "openmp"), own = !std::strcmp(name, "pool");
+  if (openmp ? gomp() == nullptr : !own) return false;
+  use_openmp.store(openmp, std::memory_order_relaxed);
+  return true;
 }
 
 }  // namespace fastllm::cpu

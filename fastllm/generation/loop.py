@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import value_error
+from .decode import Decoder, DecodeStep
 from .sampling import Sampling
 
-__all__ = ["PREFILL_CHUNK", "Decoder", "generate_ids", "prefill"]
+__all__ = ["PREFILL_CHUNK", "generate_ids", "prefill"]
 
 # Tokens that go through the model at once: enough to keep matrix kernels busy, few enough that activations stay small.
-PREFILL_CHUNK = 512
-
-
-class Decoder(Protocol):
-    """What the loop needs of a model."""
-
-    def new_cache(self, batch: int, capacity: int) -> Any: ...
-    def hidden_states(self, ids: Tensor, cache: Any) -> Tensor: ...
-    def head(self, hidden: Tensor) -> Tensor: ...
+PREFILL_CHUNK = 256
 
 
 def prefill(model: Decoder, prompts: Sequence[Sequence[int]], cache: Any) -> Tensor:
@@ -86,6 +79,7 @@ def _generate(
     alive = [True] * len(seen)
     generator = sampling.generator()
     cache = model.new_cache(len(seen), min(context, max(map(len, seen)) + max_new_tokens))
+    decode = DecodeStep(model, cache)
     with torch.inference_mode():
         logits = prefill(model, prompts, cache)
     for step in range(1, max_new_tokens + 1):
@@ -104,7 +98,5 @@ def _generate(
         if step == max_new_tokens or not any(alive):
             return
         # A sequence that has ended goes on in the batch, over its own last slot: its output is never looked at.
-        ids = torch.tensor([[s[-1]] for s in seen])
-        with torch.inference_mode():
-            logits = model.head(model.hidden_states(ids, cache)[:, -1])
+        logits = decode([s[-1] for s in seen])
         cache.lengths += torch.tensor(alive, dtype=torch.int64)

@@ -21,7 +21,7 @@ __all__ = ["Verdict", "check", "nmse", "unit_roundoff"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rule found: whether it holds, both errors, the worst element and a sentence if it does not hold."""
+    """What the rule found: whether it holds, our errors, PyTorch's, the bounds, and a sentence if it does not hold."""
 
     ok: bool
     error: float
@@ -29,7 +29,23 @@ class Verdict:
     bound: float
     nmse: float
     torch_nmse: float
+    nmse_bound: float
     why: str = ""
+
+    @property
+    def share(self) -> float:
+        """How much of its bound the nearer of the two errors uses: above 1 the rule does not hold."""
+        return max(_share(self.error, self.bound), _share(self.nmse, self.nmse_bound))
+
+    @classmethod
+    def failed(cls, why: str) -> Verdict:
+        """There is nothing to measure: a wrong shape, a NaN, an exception."""
+        nothing = float("nan")
+        return cls(False, nothing, nothing, nothing, nothing, nothing, nothing, why)
+
+
+def _share(error: float, bound: float) -> float:
+    return error / bound if bound else (0.0 if error == 0.0 else float("inf"))
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -39,9 +55,31 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 def nmse(y: Tensor, r: Tensor) -> float:
     """Mean squared error over mean square; 0 where both are all zero."""
-    power = float(r.square().sum())
-    error = float((y - r).square().sum())
+    power, error = _power(r), _power(y - r)
     return error / power if power else (0.0 if error == 0.0 else float("inf"))
+
+
+def _power(t: Tensor) -> float:
+    flat = t.flatten()
+    return float(torch.dot(flat, flat))
+
+
+def _largest(t: Tensor) -> float:
+    return float(torch.linalg.vector_norm(t, float("inf")))
+
+
+def _not_finite(y: Tensor, r: Tensor, p: Tensor) -> str:
+    """What is wrong with y's infinities and NaN, if anything."""
+    # Where PyTorch's own op overflows its dtype too, the overflow is the dtype's, not ours.
+    differ = (y.isfinite() != r.isfinite()) & (y.isfinite() != p.isfinite())
+    differ |= y.isnan() & ~r.isnan() & ~p.isnan()
+    if bool(differ.any()):
+        return (
+            f"{int(differ.sum())} elements are not finite where they should be, or the reverse; one at {_worst(differ.int())}"
+        )
+    if bool((y.sign() != r.sign())[r.isinf() & y.isinf()].any()):
+        return "an infinity has the wrong sign"
+    return ""
 
 
 def _worst(difference: Tensor) -> str:
@@ -51,33 +89,30 @@ def _worst(difference: Tensor) -> str:
 
 def check(y: Tensor, r: Tensor, p: Tensor, *, factor: float = 2.0) -> Verdict:
     """Hold y to the rule, given the float64 reference r and PyTorch's own p. Shapes must agree; y's dtype sets u."""
-    nothing = float("nan")
     if y.shape != r.shape:
-        why = f"shape {tuple(y.shape)}, expected {tuple(r.shape)}"
-        return Verdict(False, nothing, nothing, nothing, nothing, nothing, why)
+        return Verdict.failed(f"shape {tuple(y.shape)}, expected {tuple(r.shape)}")
     if not y.dtype.is_floating_point:
         wrong = int((y.to(torch.int64) != r.to(torch.int64)).sum())
-        return Verdict(wrong == 0, float(wrong), 0.0, 0.0, 0.0, 0.0, f"{wrong} integers differ" if wrong else "")
+        return Verdict(wrong == 0, float(wrong), 0.0, 0.0, 0.0, 0.0, 0.0, f"{wrong} integers differ" if wrong else "")
+    if r.dtype != torch.float64:
+        return Verdict.failed(f"the reference computed in {r.dtype}, expected torch.float64")
     u = unit_roundoff(y.dtype)
     y, p = y.double(), p.double()
     if y.numel() == 0:
-        return Verdict(True, 0.0, 0.0, 0.0, 0.0, 0.0)
-    # Where PyTorch's own op overflows its dtype too, the overflow is the dtype's, not ours.
-    differ = (y.isfinite() != r.isfinite()) & (y.isfinite() != p.isfinite())
-    if bool(differ.any()):
-        why = f"{int(differ.sum())} elements are not finite where they should be, or the reverse; one at "
-        return Verdict(False, nothing, nothing, nothing, nothing, nothing, why + _worst(differ.int()))
-    infinite = r.isinf() & y.isinf()
-    if bool((y.sign() != r.sign())[infinite].any()):
-        return Verdict(False, nothing, nothing, nothing, nothing, nothing, "an infinity has the wrong sign")
+        return Verdict(True, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     both = r.isfinite() & y.isfinite() & p.isfinite()
-    y, p, r = (t.where(both, torch.zeros((), dtype=torch.float64)) for t in (y, p, r))
-    error, torch_error = float((y - r).abs().max()), float((p - r).abs().max())
-    bound = factor * torch_error + u * float(r.abs().max())
+    if not bool(both.all()):
+        why = _not_finite(y, r, p)
+        if why:
+            return Verdict.failed(why)
+        y, p, r = (t.where(both, torch.zeros((), dtype=torch.float64)) for t in (y, p, r))
+    error, torch_error = _largest(y - r), _largest(p - r)
+    bound = factor * torch_error + u * _largest(r)
     ours, theirs = nmse(y, r), nmse(p, r)
+    nmse_bound = factor * theirs + u * u
     why = ""
     if not error <= bound:
         why = f"max error {error:.3g} exceeds {bound:.3g}, worst at {_worst((y - r).abs())}"
-    elif not ours <= factor * theirs + u * u:
+    elif not ours <= nmse_bound:
         why = f"nmse {ours:.3g} exceeds {factor:g} x {theirs:.3g} + u^2"
-    return Verdict(not why, error, torch_error, bound, ours, theirs, why)
+    return Verdict(not why, error, torch_error, bound, ours, theirs, nmse_bound, why)

@@ -1,0 +1,6 @@
+"""The thin LLaMA, its loaders and its tokenizer."""
+
+from .loading import load
+from .model import LanguageModel
+
+__all__ = ["LanguageModel", "load"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops as fused_ops
-from ..nn.cache import KVCache
+from ..nn.cache import KVCache, Places
 from ..nn.rope import RopeTables
 from ..quant import QuantizedTensor
 from .loaders import ModelConfig
@@ -72,6 +72,12 @@ class Llama:
         self.config, self.weights, self.rope = config, weights, rope
         self.dtype, self.activations, self.ops = dtype, activations, ops
 
+    @property
+    def kernel_calls(self) -> int:
+        """Kernels that ``hidden_states`` and ``head`` launch together where all of them are fastllm's."""
+        a_layer = 11 if self.config.qk_norm else 9
+        return 1 + a_layer * self.config.num_layers + 2  # the embedding before, the last norm and the head after
+
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         c = self.config
         return KVCache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, self.dtype)
@@ -82,19 +88,16 @@ class Llama:
             return self.ops.quant_matmul(x, weight, bias, activations=self.activations)
         return torch.nn.functional.linear(x, weight, bias)
 
-    def hidden_states(self, ids: Tensor, cache: KVCache) -> Tensor:
+    def hidden_states(self, ids: Tensor, cache: KVCache, places: Places | None = None) -> Tensor:
         """Token ids (B, T) -> hidden states (B, T, hidden) after the last norm; keys and values join the cache.
 
-        Sequences may have different lengths: token t of sequence b stands at position ``cache.lengths[b] + t``. The caller
-        advances ``cache.lengths``.
+        Sequences may have different lengths: token t of sequence b stands at position ``cache.lengths[b] + t``, unless
+        ``places`` says otherwise. The caller advances ``cache.lengths``.
         """
         c, w, ops = self.config, self.weights, self.ops
         B, T = ids.shape
         H, Hk, D = c.num_heads, c.num_kv_heads, c.head_dim
-        positions = cache.lengths[:, None] + torch.arange(T)  # (B, T)
-        kv_lens = cache.lengths + T  # (B,)
-        S = int(kv_lens.max())
-        lens = None if B == 1 else kv_lens
+        at = places or cache.places(T)
 
         x = ops.embedding(ids, w.embedding, dtype=self.dtype)  # (B, T, hidden)
         delta = None  # what the last block has still to add to x: the next norm does it
@@ -108,8 +111,9 @@ class Llama:
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = (ops.rms_norm(t, n, c.rms_norm_eps) for t, n in ((q, layer.q_norm), (k, layer.k_norm)))
             keys, values = cache.keys[i], cache.values[i]
-            q = ops.apply_rotary_cache(q, k, v, self.rope.cos, self.rope.sin, keys, values, positions)
-            o = ops.attention(q, keys[:, :, :S], values[:, :, :S], causal=True, window=c.sliding_window, kv_lens=lens)
+            q = ops.apply_rotary_cache(q, k, v, self.rope.cos, self.rope.sin, keys, values, at.positions)
+            keys, values = keys[:, :, : at.keys], values[:, :, : at.keys]  # (B, Hk, S, D)
+            o = ops.attention(q, keys, values, causal=True, window=c.sliding_window, kv_lens=at.kv_lens)
             delta = self.linear(o.transpose(1, 2).reshape(B, T, H * D), layer.o)
             h, x = ops.rms_norm(delta, layer.mlp_norm, c.rms_norm_eps, residual=x)
             delta = self.linear(ops.gated_activation(self.linear(h, layer.gate_up)), layer.down)

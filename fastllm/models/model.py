@@ -163,7 +163,7 @@ class _Text:
     """One sequence's text as it grows; holds back what may turn out to be the start of a stop text."""
 
     def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
-        self._decoder = tokenizer.stream_decoder()
+        self._decoder = tokenizer.stream()
         self._stops = stops
         self._held, self._given = "", ""
         self.ended = False

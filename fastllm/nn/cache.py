@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from ..errors import value_error
 
-__all__ = ["KVCache"]
+__all__ = ["KVCache", "Places"]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the next tokens stand.
+
+    Args:
+        positions: (B, T) int64, the position and the cache slot of each token.
+        kv_lens: (B,) int64, tokens of each sequence once these have joined; None if they are all ``keys``.
+        keys: how many slots attention has to look at.
+    """
+
+    positions: Tensor
+    kv_lens: Tensor | None
+    keys: int
 
 
 class KVCache:
@@ -36,3 +54,8 @@ class KVCache:
     @property
     def batch(self) -> int:
         return len(self.lengths)
+
+    def places(self, tokens: int) -> Places:
+        """Where ``tokens`` more tokens of each sequence stand."""
+        kv_lens = self.lengths + tokens
+        return Places(self.lengths[:, None] + torch.arange(tokens), kv_lens if self.batch > 1 else None, int(kv_lens.max()))

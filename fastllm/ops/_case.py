@@ -21,6 +21,7 @@ class Case:
         inputs: takes a seeded CPU generator, returns the public function's keyword arguments, on the CPU.
         bytes: bytes that the op cannot avoid moving (inputs read once, outputs written once).
         flops: floating-point or integer operations that it cannot avoid.
+        arithmetic: which measured peak bounds them: "fp32", "int8" (byte dot products) or "bf16" (bf16 dot products).
         bench: whether ``fastllm bench`` runs it; its shape then carries a model's name.
         factor: replaces the 2 of the tolerance rule; ``because`` then says why.
     """
@@ -33,6 +34,7 @@ class Case:
     bench: bool = False
     factor: float = 2.0
     because: str = ""
+    arithmetic: str = "fp32"
 
 
 @dataclass(frozen=True)

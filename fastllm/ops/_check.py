@@ -15,6 +15,7 @@ __all__ = [
     "floating",
     "like",
     "never_refuse",
+    "number",
     "shape_error",
     "tensor",
     "type_error",
@@ -48,6 +49,12 @@ def like(op: str, arg: str, value: Any, dtype: torch.dtype, device: torch.device
         raise dtype_error(op, arg, value.dtype, str(dtype), f"to match {of}")
     if value.device != device:
         raise ValueError(f"{op}: {arg} is on {value.device}, expected {device} to match {of}")
+
+
+def number(op: str, arg: str, value: Any) -> None:
+    """A real number (bool does not count), or a TypeError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise type_error(op, arg, value, "a number")
 
 
 def never_refuse(*_: object) -> None:

@@ -44,7 +44,8 @@ def _direct(args: Sequence[Any]) -> bool:
     for a in args:
         kind = type(a)
         if kind is _Tensor or kind is _Parameter:
-            if grad and a.requires_grad:
+            # A lazily negated tensor's memory holds the opposite of its values; the dispatcher resolves it.
+            if (grad and a.requires_grad) or a.is_neg():
                 return False
         elif isinstance(a, _Tensor):  # a subclass: FakeTensor, DTensor, ...
             return False
@@ -57,6 +58,10 @@ def _direct(args: Sequence[Any]) -> bool:
     )
 
 
+def _has_tangent(t: torch.Tensor) -> bool:
+    return forward_ad.unpack_dual(t).tangent is not None
+
+
 class Op:
     """One op: a schema, a fake, a gradient or the reason why there is none, and backends in order of preference.
 
@@ -67,7 +72,8 @@ class Op:
         backends: the first one that does not refuse the arguments serves.
         prepare: the public function's checks: takes its arguments, returns the schema's as a tuple. ``explain`` uses it.
         backward: ``(setup_context, backward)`` as ``torch.library.register_autograd`` takes them.
-        no_gradient: in place of ``backward``: one sentence that a caller who asks for gradients is told.
+        no_gradient: in place of ``backward``: one sentence that a caller who asks for gradients is told. An op whose
+            schema marks an argument as written to, ``Tensor(a!)``, needs it.
     """
 
     def __init__(
@@ -84,13 +90,19 @@ class Op:
         self.name = name
         self.backends = tuple(backends)
         self.prepare = prepare
+        self.fake = fake
         _library.define(name + schema)
-        _library.impl(name, self._serve, "CompositeExplicitAutograd")
+        _library.impl(name, self._serve_registered, "CompositeExplicitAutograd")
         qualified = f"fastllm::{name}"
         torch.library.register_fake(qualified, fake, lib=_library)
-        setup, formula = backward or (None, _refusal(name, no_gradient))
-        torch.library.register_autograd(qualified, formula, setup_context=setup, lib=_library)
         self.registered = getattr(torch.ops.fastllm, name).default
+        if self.registered._schema.is_mutable:
+            # PyTorch takes no formula for an op that writes into its arguments: refuse when called, not in the backward.
+            _library.impl(name, self._serve_without_gradient, "Autograd", with_keyset=True)
+            self._refuse_gradient = _refusal(name, no_gradient)
+        else:
+            setup, formula = backward or (None, _refusal(name, no_gradient))
+            torch.library.register_autograd(qualified, formula, setup_context=setup, lib=_library)
         OPS[name] = self
 
     def __call__(self, *args: Any) -> Any:
@@ -99,10 +111,31 @@ class Op:
         # The forced reference is plain PyTorch all the way: autograd, functorch and modes see through it by themselves.
         if _direct(args) or _forced_get() == "reference":
             return self._serve(*args)
+        self._refuse_tangents(args)
         return self.registered(*args)
 
     def _serve(self, *args: Any) -> Any:
         return self.choose(args).run(*args)
+
+    def _serve_registered(self, *args: Any) -> Any:
+        self._refuse_tangents(args)
+        return self._serve(*args)
+
+    def _refuse_tangents(self, args: Sequence[Any]) -> None:
+        """PyTorch would drop the tangents of forward-mode differentiation in silence. Asked in the kernel for those who
+        call torch.ops themselves, and before, because torch.func's tangents do not reach the kernel."""
+        if forward_ad._current_level >= 0 and any(isinstance(a, _Tensor) and _has_tangent(a) for a in args):
+            raise NotImplementedError(
+                f"{self.name}: no forward-mode gradient; use reverse mode, "
+                'or fastllm.use_backend("reference") before the forward, which PyTorch differentiates'
+            )
+
+    def _serve_without_gradient(self, keyset: Any, *args: Any) -> Any:
+        for a in args:
+            if isinstance(a, _Tensor) and _is_grad_enabled() and a.requires_grad:
+                self._refuse_gradient(None)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.registered.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     def choose(self, args: Sequence[Any]) -> Backend:
         """The backend that serves these prepared arguments. Raises NotImplementedError with every reason if none does."""

@@ -38,9 +38,7 @@ def from_q8_0(blocks: Tensor) -> QuantizedTensor:
     scale, payload = _split_blocks("from_q8_0", blocks, fields=1, payload=32)
     n, groups, _ = payload.shape
     data = (payload ^ 0x80).view(n, groups * GGML_BLOCK)  # two's complement + 128 flips the sign bit
-    return QuantizedTensor.make(
-        data, scale[..., 0].contiguous(), zero=128, shape=data.shape, bits=8, group_size=GGML_BLOCK
-    )
+    return QuantizedTensor.make(data, scale[..., 0].contiguous(), zero=128, shape=data.shape, bits=8, group_size=GGML_BLOCK)
 
 
 def from_gptq(
@@ -182,9 +180,7 @@ def _split_blocks(op: str, blocks: Tensor, *, fields: int, payload: int) -> tupl
     size = 2 * fields + payload
     n, width = blocks.shape
     if width % size:
-        raise shape_error(
-            op, "blocks", blocks.shape, f"(N, a multiple of {size})", f"the bytes of {GGML_BLOCK} weights"
-        )
+        raise shape_error(op, "blocks", blocks.shape, f"(N, a multiple of {size})", f"the bytes of {GGML_BLOCK} weights")
     grouped = blocks.view(n, width // size, size) if blocks.is_contiguous() else blocks.reshape(n, -1, size)
     header = grouped[..., : 2 * fields].contiguous().view(torch.float16)
     return header, grouped[..., 2 * fields :]

@@ -107,9 +107,7 @@ class QuantizedTensor:
             if not bool(torch.isfinite(tensor).all()):
                 raise value_error(op, name, "partly inf or nan", "finite values")
         if layout == "x16" and data.device.type == "cpu" and data.data_ptr() % LINE_BYTES != 0:
-            raise value_error(
-                op, "address of data", data.data_ptr() % LINE_BYTES, "0 modulo 64", "one line is one load"
-            )
+            raise value_error(op, "address of data", data.data_ptr() % LINE_BYTES, "0 modulo 64", "one line is one load")
         return cls(data, scale, minimum, zero, (n, k), bits, group_size, layout)
 
     @property
@@ -205,9 +203,7 @@ class QuantizedTensor:
             raise value_error("slice_rows", "range", (start, stop), f"0 <= start < stop <= {n}")
         if self.layout == "x16":
             if start % LINE_ROWS or (stop % LINE_ROWS and stop != n):
-                raise value_error(
-                    "slice_rows", "range", (start, stop), "multiples of 16", "in the x16 layout; unpack() first"
-                )
+                raise value_error("slice_rows", "range", (start, stop), "multiples of 16", "in the x16 layout; unpack() first")
             start_index, stop_index = start // LINE_ROWS, -(-stop // LINE_ROWS)
         else:
             start_index, stop_index = start, stop

@@ -69,6 +69,9 @@ FASTLLM_INLINE vf operator*(vf a, vf b) { return {_mm256_mul_ps(a.v, b.v)}; }
 FASTLLM_INLINE vf operator/(vf a, vf b) { return {_mm256_div_ps(a.v, b.v)}; }
 FASTLLM_INLINE vf fmadd(vf a, vf b, vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 FASTLLM_INLINE vf fnmadd(vf a, vf b, vf c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+// a * b - c in even lanes, a * b + c in odd ones; (1, 0, 3, 2, ...): a product of complex numbers, with lanes in pairs.
+FASTLLM_INLINE vf fmaddsub(vf a, vf b, vf c) { return {_mm256_fmaddsub_ps(a.v, b.v, c.v)}; }
+FASTLLM_INLINE vf swap_pairs(vf a) { return {_mm256_permute_ps(a.v, 0xb1)}; }
 FASTLLM_INLINE vf max(vf a, vf b) { return {_mm256_max_ps(a.v, b.v)}; }
 FASTLLM_INLINE vf min(vf a, vf b) { return {_mm256_min_ps(a.v, b.v)}; }
 
@@ -76,6 +79,11 @@ FASTLLM_INLINE float reduce_add(vf a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+// The four sums, one after the other.
+FASTLLM_INLINE void reduce_add4(vf a, vf b, vf c, vf d, float* sums) {
+  const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 FASTLLM_INLINE float reduce_max(vf a) {
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -90,6 +98,15 @@ FASTLLM_INLINE vf scale_by_power(vf a, vf n) {
   const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
   const __m256i second = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23);
   return {_mm256_mul_ps(_mm256_mul_ps(a.v, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second))};
+}
+// The lowest nine bits of a, as the sign and exponent of a float without mantissa.
+FASTLLM_INLINE vf low_bits_to_exponent(vf a) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
+}
+// 2^n for integral n in [-127, 127], and 0 for -127.
+FASTLLM_INLINE vf power_of_two(vf n) {
+  const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23))};
 }
 
 }  // namespace

@@ -60,10 +60,22 @@ FASTLLM_INLINE vf operator*(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
 FASTLLM_INLINE vf operator/(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
 FASTLLM_INLINE vf fmadd(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 FASTLLM_INLINE vf fnmadd(vf a, vf b, vf c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+// a * b - c in even lanes, a * b + c in odd ones; (1, 0, 3, 2, ...): a product of complex numbers, with lanes in pairs.
+FASTLLM_INLINE vf fmaddsub(vf a, vf b, vf c) { return {_mm512_fmaddsub_ps(a.v, b.v, c.v)}; }
+FASTLLM_INLINE vf swap_pairs(vf a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
 FASTLLM_INLINE vf max(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
 FASTLLM_INLINE vf min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
 
 FASTLLM_INLINE float reduce_add(vf a) { return _mm512_reduce_add_ps(a.v); }
+// The four sums, one after the other.
+FASTLLM_INLINE void reduce_add4(vf a, vf b, vf c, vf d, float* sums) {
+  const __m256 a8 = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m256 b8 = _mm256_add_ps(_mm512_castps512_ps256(b.v), _mm512_extractf32x8_ps(b.v, 1));
+  const __m256 c8 = _mm256_add_ps(_mm512_castps512_ps256(c.v), _mm512_extractf32x8_ps(c.v, 1));
+  const __m256 d8 = _mm256_add_ps(_mm512_castps512_ps256(d.v), _mm512_extractf32x8_ps(d.v, 1));
+  const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a8, b8), _mm256_hadd_ps(c8, d8));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
 FASTLLM_INLINE float reduce_max(vf a) { return _mm512_reduce_max_ps(a.v); }
 
 FASTLLM_INLINE vf round_nearest(vf a) {
@@ -71,6 +83,15 @@ FASTLLM_INLINE vf round_nearest(vf a) {
 }
 // a * 2^n for integral n; subnormal and infinite results come out right.
 FASTLLM_INLINE vf scale_by_power(vf a, vf n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// The lowest nine bits of a, as the sign and exponent of a float without mantissa.
+FASTLLM_INLINE vf low_bits_to_exponent(vf a) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
+}
+// 2^n for integral n in [-127, 127], and 0 for -127.
+FASTLLM_INLINE vf power_of_two(vf n) {
+  const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
+}
 
 }  // namespace
 }  // namespace fastllm::cpu::FASTLLM_ISA

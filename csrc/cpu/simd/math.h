@@ -23,11 +23,63 @@ FASTLLM_INLINE vf exp(vf x) {
   return scale_by_power(p, n);
 }
 
-// 1 / (1 + e^-x)
-FASTLLM_INLINE vf sigmoid(vf x) { return set1(1.0f) / (set1(1.0f) + exp(zero() - x)); }
+// 1 / (1 + e^-x) within about 2 ulp where that is a normal number, 0 below -89.
+//
+// As 0.5 / (0.5 + e^-x / 2), because half of the exponential needs no second scaling step: n = round(-x / ln 2) lands
+// in the low bits of a float near 1.5 * 2^23, from where 2^(n - 1) is one shift away; it is 0 at n = -126, infinite at
+// 129. The sign of x is folded into the constants: r = x + n ln 2 is minus exp()'s r.
+FASTLLM_INLINE vf sigmoid(vf x) {
+  // The constant stands first: min and max return their second operand where one is NaN.
+  x = max(set1(-89.4f), min(set1(87.3f), x));
+  const vf shifter = set1(12582912.0f + 126.0f);
+  const vf t = fnmadd(x, set1(1.44269504088896341f), shifter);
+  const vf n = t - shifter;
+  vf r = fmadd(n, set1(0.693359375f), x);
+  r = fmadd(n, set1(-2.12194440e-4f), r);
+  vf p = set1(1.9875691500e-4f);
+  p = fmadd(p, r, set1(-1.3981999507e-3f));
+  p = fmadd(p, r, set1(8.3334519073e-3f));
+  p = fmadd(p, r, set1(-4.1665795894e-2f));
+  p = fmadd(p, r, set1(1.6666665459e-1f));
+  p = fmadd(p, r, set1(-5.0000001201e-1f));
+  p = set1(1.0f) - fmadd(p, r * r, r);
+  const vf half = set1(0.5f);
+  return half / fmadd(p, low_bits_to_exponent(t), half);
+}
 
-// tanh(x) = 2 sigmoid(2 x) - 1; absolute error about 1e-7 (near zero the relative error grows: gelu multiplies it away)
-FASTLLM_INLINE vf tanh(vf x) { return fmadd(set1(2.0f), sigmoid(x + x), set1(-1.0f)); }
+// 2^x for x <= 127, within about 2 ulp; 0 where x < -126.5, so that 2^-inf is exactly 0. NaN stays NaN.
+// x = n + r with |r| <= 1/2, a degree-6 polynomial in r (Cephes' exp2f).
+FASTLLM_INLINE vf exp2(vf x) {
+  x = max(set1(-127.0f), x);
+  const vf n = round_nearest(x), r = x - n;
+  vf p = set1(1.535336188319500e-4f);
+  p = fmadd(p, r, set1(1.339887440266574e-3f));
+  p = fmadd(p, r, set1(9.618437357674640e-3f));
+  p = fmadd(p, r, set1(5.550332471162809e-2f));
+  p = fmadd(p, r, set1(2.402264791363012e-1f));
+  p = fmadd(p, r, set1(6.931472028550421e-1f));
+  p = fmadd(p, r, set1(1.0f));
+  return p * power_of_two(n);
+}
+
+// tanh(x) = E / (E + 2) with E = e^(2x) - 1, small to the last bit where x is: no cancellation at any x.
+// With 2x = n ln 2 + r, E = 2^n (e^r - 1) + (2^n - 1).
+FASTLLM_INLINE vf tanh(vf x) {
+  x = min(set1(10.0f), max(set1(-10.0f), x));  // tanh(10) rounds to 1
+  x = x + x;
+  const vf n = round_nearest(x * set1(1.44269504088896341f));
+  vf r = fnmadd(n, set1(0.693359375f), x);
+  r = fnmadd(n, set1(-2.12194440e-4f), r);
+  vf p = set1(1.9875691500e-4f);
+  p = fmadd(p, r, set1(1.3981999507e-3f));
+  p = fmadd(p, r, set1(8.3334519073e-3f));
+  p = fmadd(p, r, set1(4.1665795894e-2f));
+  p = fmadd(p, r, set1(1.6666665459e-1f));
+  p = fmadd(p, r, set1(5.0000001201e-1f));
+  p = fmadd(p, r * r, r);
+  const vf power = power_of_two(n), e = fmadd(power, p, power - set1(1.0f));
+  return e / (e + set1(2.0f));
+}
 
 }  // namespace
 }  // namespace fastllm::cpu::FASTLLM_ISA

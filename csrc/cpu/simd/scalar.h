@@ -86,6 +86,13 @@ FASTLLM_INLINE vf fnmadd(vf a, vf b, vf c) { return {c.v - a.v * b.v}; }
 FASTLLM_INLINE vf max(vf a, vf b) { return {a.v > b.v ? a.v : b.v}; }
 FASTLLM_INLINE vf min(vf a, vf b) { return {a.v < b.v ? a.v : b.v}; }
 FASTLLM_INLINE float reduce_add(vf a) { return a.v; }
+// The four sums, one after the other.
+FASTLLM_INLINE void reduce_add4(vf a, vf b, vf c, vf d, float* sums) {
+  sums[0] = a.v;
+  sums[1] = b.v;
+  sums[2] = c.v;
+  sums[3] = d.v;
+}
 FASTLLM_INLINE float reduce_max(vf a) { return a.v; }
 
 // To the nearest integer, ties to even, for |a| < 2^22.
@@ -98,6 +105,13 @@ FASTLLM_INLINE vf scale_by_power(vf a, vf n) {
   const int whole = static_cast<int>(n.v), half = whole >> 1;
   return {a.v * float_from_bits(static_cast<uint32_t>(half + 127) << 23) *
           float_from_bits(static_cast<uint32_t>(whole - half + 127) << 23)};
+}
+// The lowest nine bits of a, as the sign and exponent of a float without mantissa.
+FASTLLM_INLINE vf low_bits_to_exponent(vf a) { return {float_from_bits(bits_from_float(a.v) << 23)}; }
+// 2^n for integral n in [-127, 127], and 0 for -127.
+FASTLLM_INLINE vf power_of_two(vf n) {
+  if (n.v != n.v) return n;
+  return {float_from_bits(static_cast<uint32_t>(static_cast<int>(n.v) + 127) << 23)};
 }
 
 }  // namespace

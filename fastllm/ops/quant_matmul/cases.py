@@ -109,8 +109,19 @@ def _cases() -> list[Case]:
             add(f"llama-3.2-1b {part} decode 1x{n}x{k} int4 g32", 1, n, k, bench=True)
             if part != "head":
                 add(f"llama-3.2-1b {part} prefill 512x{n}x{k} int4 g32", 512, n, k, bench=True)
-        add("llama-3.2-1b gate up decode 1x16384x2048 int8 rows", 1, 16384, 2048, bits=8, group_size=-1, form="zero", bench=True)
-        add("llama-3.2-1b gate up prefill 512x16384x2048 int8 rows", 512, 16384, 2048, bits=8, group_size=-1, form="zero", bench=True)
+        add(
+            "llama-3.2-1b gate up decode 1x16384x2048 int8 rows", 1, 16384, 2048, bits=8, group_size=-1, form="zero", bench=True
+        )
+        add(
+            "llama-3.2-1b gate up prefill 512x16384x2048 int8 rows",
+            512,
+            16384,
+            2048,
+            bits=8,
+            group_size=-1,
+            form="zero",
+            bench=True,
+        )
         add("smollm2-135m qkv 1x960x576", 1, 960, 576)
         add("smollm2-135m down 5x576x1536", 5, 576, 1536)
         add("int4 g32 minimum 31x40x576", 31, 40, 576, bias=True)
@@ -160,12 +171,10 @@ def _activation_scales_forgotten(
     return reference.quant_matmul(x, w, bias)
 
 
-def _activations_truncated(
-    x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float"
-) -> Tensor:
+def _activations_truncated(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float") -> Tensor:
     if activations == "int8":
         group_size = reference.activation_group(w.group_size)
-        q, scale = reference.quantize_activations(x, group_size)
+        _, scale = reference.quantize_activations(x, group_size)
         exact = x / scale.double().repeat_interleave(group_size, -1)[..., : x.shape[-1]]
         x = reference.dequantize_activations(exact.nan_to_num(0.0).trunc(), scale, group_size, torch.float64)
     return reference.quant_matmul(x, w, bias)

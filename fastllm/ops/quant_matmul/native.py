@@ -52,7 +52,5 @@ def quant_matmul(
     int8_activations: bool,
 ) -> Tensor:
     y = _op.empty((*x.shape[:-1], n), dtype=x.dtype)
-    _cpu.quant_matmul(
-        x, data, scale, minimum, bias, y, n, k, bits, group_size, zero, int8_activations, get_num_threads()
-    )
+    _cpu.quant_matmul(x, data, scale, minimum, bias, y, n, k, bits, group_size, zero, int8_activations, get_num_threads())
     return y

@@ -38,6 +38,8 @@ def _prepare(
         _check.like("rms_norm", "residual", residual, x.dtype, x.device)
         if residual.shape != x.shape:
             raise _check.shape_error("rms_norm", "residual", residual.shape, f"{tuple(x.shape)}", "to match x")
+    _check.number("rms_norm", "eps", eps)
+    _check.number("rms_norm", "offset", offset)
     if not (eps >= 0.0 and math.isfinite(eps)):
         raise value_error("rms_norm", "eps", eps, "a finite number of at least 0")
     if not math.isfinite(offset):

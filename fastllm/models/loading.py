@@ -57,6 +57,12 @@ def load(
         context = min(config.max_positions, DEFAULT_CONTEXT)
     elif not 1 <= context <= config.max_positions:
         raise value_error("load", "context", context, f"from 1 to {config.max_positions}, the model's own")
+    for what in ("o_bias", "mlp_bias"):
+        if getattr(config, what):
+            raise NotImplementedError(
+                f"load: the checkpoint has {what}, expected none (of the biases, only qkv_bias is served)"
+            )
+    tokenizer = _tokenizer(checkpoint)  # first: what it needs for a moment is given back before the weights come
     bits = {None: None, "int8": 8, "int4": 4}[weights]
     builder = _Builder(checkpoint.tensors, config, dtype, bits, group_size)
     model_weights = builder.weights()
@@ -68,7 +74,7 @@ def load(
         max_positions=context,
     )
     llama = Llama(config, model_weights, tables, dtype=builder.dtype, activations=activations)
-    return LanguageModel(llama, _tokenizer(checkpoint), context)
+    return LanguageModel(llama, tokenizer, context)
 
 
 def _tokenizer(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]

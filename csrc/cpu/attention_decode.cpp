@@ -1,0 +1,315 @@
+// Attention for few queries: K and V are read once for all query heads that share them, and never copied.
+//
+// The keys of one key/value head are cut into splits of kSplit keys, a task each, so that one sequence keeps many
+// threads busy; the cut depends on positions alone. A task holds R = T * (H / Hk) rows, token-major:
+//
+//   scores  p[r][s] = q[r] . K[s]     d runs along the vector; up to kRows rows times 4 keys share their loads
+//   weights p[r][s] = 2^((p - max) c) s runs along the vector
+//   acc[r] = sum over s of p[r][s] V[s]
+//
+// and leaves maximum, sum and acc of each row. The last task of a head to finish adds the splits up, in their order:
+// bits do not depend on threads.
+//
+// Bytes: k and v once, 2 S D elements a key/value head; flops: 4 D R a key. At R = 4 in bf16 that is 4 flops a byte, so
+// memory is the limit; from about R = 16 on, the FMAs are, and the prefill kernel has the better tiles.
+#include "attention_decode.h"
+
+#include "attention_common.h"
+#include "parallel.h"
+#include "workspace.h"
+
+namespace fastllm::cpu::FASTLLM_ISA {
+namespace {
+
+// Rows at a time, and accumulators: rows times keys, or rows times vectors of V, 4 of either where they fit and else 2.
+// With the operands they fill 16 (32) registers.
+#if FASTLLM_ISA_LEVEL >= 2
+constexpr int kRows = 6, kChains = 24;
+#else
+constexpr int kRows = 4, kChains = 12;
+#endif
+constexpr int64_t kSplit = 256;                 // 64 KiB of K and V at D = 64 in bf16: about 5 us of reading
+constexpr int64_t kRun = kWidth == 1 ? 8 : 32;  // one lane has no other lanes to share a sum with
+
+// p[r][0 .. Keys) = q[r] . k[.] ; rows of q are padded with zeros to whole vectors. Runs of kRun steps are summed by
+// themselves and then added up: the error of a single chain grows with its length.
+template <int Rows, int Keys, typename T>
+FASTLLM_INLINE void score_tile(const float* q, int64_t wide, const T* k, int64_t k_stride, int64_t D, float* p) {
+  constexpr int kSums = (Rows * Keys + 3) / 4 * 4;
+  for (int64_t d = 0; d < D;) {
+    vf acc[kSums];
+#pragma GCC unroll 32
+    for (int i = 0; i < kSums; ++i) acc[i] = zero();
+    const int64_t first = d, whole = least(d + kRun * kWidth, D / kWidth * kWidth);
+    for (; d < whole; d += kWidth) {
+#pragma GCC unroll 4
+      for (int j = 0; j < Keys; ++j) {
+        const vf key = load(k + j * k_stride + d);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) acc[r * Keys + j] = fmadd(key, load(q + r * wide + d), acc[r * Keys + j]);
+      }
+    }
+    if (D - d < kWidth && d < D) {
+#pragma GCC unroll 4
+      for (int j = 0; j < Keys; ++j) {
+        const vf key = load_n(k + j * k_stride + d, D - d);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) acc[r * Keys + j] = fmadd(key, load(q + r * wide + d), acc[r * Keys + j]);
+      }
+      d = D;
+    }
+    float sums[kSums];
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; i += 4) reduce_add4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3], sums + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < Keys; ++j)
+        p[r * kSplit + j] = first == 0 ? sums[r * Keys + j] : p[r * kSplit + j] + sums[r * Keys + j];
+    }
+  }
+}
+
+template <int Rows, typename T>
+void score_rows(const float* q, int64_t wide, const T* k, int64_t k_stride, int64_t keys, int64_t D, float* p) {
+  int64_t s = 0;
+  constexpr int kKeys = Rows * 4 <= kChains ? 4 : 2;
+  for (; s + kKeys <= keys; s += kKeys) score_tile<Rows, kKeys>(q, wide, k + s * k_stride, k_stride, D, p + s);
+  for (; s < keys; ++s) score_tile<Rows, 1>(q, wide, k + s * k_stride, k_stride, D, p + s);
+}
+
+// out[r][0 .. Vecs) = sum over s of p[r][s] v[s]. Whole: all lanes count; else only the first `lanes`, of one vector.
+// Runs of kRun products are summed by themselves and then added up: the error of a single chain grows with the keys.
+template <int Rows, int Vecs, bool Whole, typename T>
+FASTLLM_INLINE void output_tile(const float* p, const T* v, int64_t v_stride, int64_t keys, int64_t lanes, float* out,
+                                int64_t wide) {
+  for (int64_t s0 = 0; s0 < keys; s0 += kRun) {
+    vf acc[Rows][Vecs];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < Vecs; ++j) acc[r][j] = zero();
+    }
+    const int64_t end = least(s0 + kRun, keys);
+    for (int64_t s = s0; s < end; ++s) {
+      vf weight[Rows];
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) weight[r] = set1(p[r * kSplit + s]);
+#pragma GCC unroll 4
+      for (int j = 0; j < Vecs; ++j) {
+        const T* at = v + s * v_stride + j * kWidth;
+        const vf value = Whole ? load(at) : load_n(at, lanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) acc[r][j] = fmadd(weight[r], value, acc[r][j]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < Vecs; ++j) {
+        float* at = out + r * wide + j * kWidth;
+        store(at, s0 == 0 ? acc[r][j] : load(at) + acc[r][j]);
+      }
+    }
+  }
+}
+
+template <int Rows, typename T>
+void output_rows(const float* p, const T* v, int64_t v_stride, int64_t keys, int64_t D, float* out, int64_t wide) {
+  int64_t d = 0;
+  constexpr int kVecs = Rows * 4 <= kChains ? 4 : 2;
+  for (; d + kVecs * kWidth <= D; d += kVecs * kWidth)
+    output_tile<Rows, kVecs, true>(p, v + d, v_stride, keys, kWidth, out + d, wide);
+  for (; d + kWidth <= D; d += kWidth) output_tile<Rows, 1, true>(p, v + d, v_stride, keys, kWidth, out + d, wide);
+  if (d < D) output_tile<Rows, 1, false>(p, v + d, v_stride, keys, D - d, out + d, wide);
+}
+
+// Calls body<Rows>(first row) for all rows, kRows at a time.
+#if FASTLLM_ISA_LEVEL >= 2
+#define FASTLLM_BY_ROWS(rows, body)             \
+  for (int64_t r = 0; r < (rows); r += kRows) { \
+    switch (least(kRows, (rows) - r)) {         \
+      case 1:                                   \
+        body(1);                                \
+        break;                                  \
+      case 2:                                   \
+        body(2);                                \
+        break;                                  \
+      case 3:                                   \
+        body(3);                                \
+        break;                                  \
+      case 4:                                   \
+        body(4);                                \
+        break;                                  \
+      case 5:                                   \
+        body(5);                                \
+        break;                                  \
+      default:                                  \
+        body(6);                                \
+        break;                                  \
+    }                                           \
+  }
+#else
+#define FASTLLM_BY_ROWS(rows, body)             \
+  for (int64_t r = 0; r < (rows); r += kRows) { \
+    switch (least(kRows, (rows) - r)) {         \
+      case 1:                                   \
+        body(1);                                \
+        break;                                  \
+      case 2:                                   \
+        body(2);                                \
+        break;                                  \
+      case 3:                                   \
+        body(3);                                \
+        break;                                  \
+      default:                                  \
+        body(4);                                \
+        break;                                  \
+    }                                           \
+  }
+#endif
+
+// One row's n scores become weights, zeros up to whole vectors; returns their sum, and the maximum through row_max.
+FASTLLM_INLINE float softmax_row(float* p, int64_t n, float c, float* row_max) {
+  for (int64_t s = n; s % kWidth; ++s) p[s] = -kInfinity;
+  vf high = set1(-kInfinity);
+  for (int64_t s = 0; s < n; s += kWidth) high = max(high, load(p + s));
+  const float top = reduce_max(high);
+  // Where no key is visible the maximum is minus infinity, and subtracting it would give NaN.
+  const vf shift = set1(top > kLowest ? top : kLowest), exponent = set1(c);
+  vf sum = zero();
+  for (int64_t s = 0; s < n; s += kWidth) {
+    const vf weight = exp2((load(p + s) - shift) * exponent);
+    store(p + s, weight);
+    sum = sum + weight;
+  }
+  *row_max = top;
+  return reduce_add(sum);
+}
+
+// What the tasks leave for each of their rows: maximum, sum, and acc of `wide` floats.
+struct Partials {
+  float* memory;
+  int64_t rows, wide;
+
+  static int64_t floats(int64_t rows, int64_t wide) { return rows * (wide + 2); }
+  float* max(int64_t task) const { return memory + task * floats(rows, wide); }
+  float* sum(int64_t task) const { return max(task) + rows; }
+  float* acc(int64_t task) const { return sum(task) + rows; }
+};
+
+// All splits of one sequence and one key/value head.
+struct Head {
+  int64_t b, kv_head, keys, begin, end;  // its queries see no key outside of [begin, end)
+};
+
+// Fills the partials of the keys [s0, s1); q is [rows][wide], p is [rows][kSplit].
+template <typename T>
+void attend(const AttentionArgs& a, const Head& head, int64_t s0, int64_t s1, float* q, float* p, const Partials& out,
+            int64_t task) {
+  const int64_t D = a.D, wide = out.wide, rows = out.rows, G = a.H / a.Hk, head0 = head.kv_head * G, n = s1 - s0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = static_cast<const T*>(a.q) + head.b * a.q_strides[0] + (head0 + r % G) * a.q_strides[1] +
+                   r / G * a.q_strides[2];
+    widen_row(row, D, q_factor(a), q + r * wide);
+  }
+  const T* k =
+      static_cast<const T*>(a.k) + head.b * a.k_strides[0] + head.kv_head * a.k_strides[1] + s0 * a.k_strides[2];
+#define FASTLLM_BODY(Rows) score_rows<Rows>(q + r * wide, wide, k, a.k_strides[2], n, D, p + r * kSplit)
+  FASTLLM_BY_ROWS(rows, FASTLLM_BODY)
+#undef FASTLLM_BODY
+
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = p + r * kSplit;
+    for (int64_t s = n; s % kWidth; ++s) row[s] = 0.0f;
+    scale_scores(a, row, round_up(n, kWidth));
+    const Range seen = visible(a, head.keys, r / G);
+    const int64_t from = least(most(seen.begin - s0, 0), n), to = most(least(seen.end - s0, n), from);
+    for (int64_t s = 0; s < from; ++s) row[s] = -kInfinity;
+    for (int64_t s = to; s < n; ++s) row[s] = -kInfinity;
+    if (a.mask) {
+      float bias[kSplit];
+      mask_row(a, head.b, head0 + r % G, r / G, s0 + from, to - from, bias);
+      for (int64_t s = from; s < to; ++s) row[s] += bias[s - from];
+    }
+    out.sum(task)[r] = softmax_row(row, n, weight_exponent(a), out.max(task) + r);
+  }
+
+  const T* v =
+      static_cast<const T*>(a.v) + head.b * a.v_strides[0] + head.kv_head * a.v_strides[1] + s0 * a.v_strides[2];
+#define FASTLLM_BODY(Rows) output_rows<Rows>(p + r * kSplit, v, a.v_strides[2], n, D, out.acc(task) + r * wide, wide)
+  FASTLLM_BY_ROWS(rows, FASTLLM_BODY)
+#undef FASTLLM_BODY
+}
+
+// Adds up the partials of tasks [begin, end) of one head, in order; acc is a row of scratch.
+template <typename T>
+void combine(const AttentionArgs& a, const Head& head, const Partials& in, int64_t begin, int64_t end, float* acc) {
+  const int64_t G = a.H / a.Hk, head0 = head.kv_head * G;
+  const float c = weight_exponent(a);
+  for (int64_t r = 0; r < in.rows; ++r) {
+    // A sink is a key of value 0.
+    const float sink = a.sinks ? a.sinks[head0 + r % G] : -kInfinity;
+    float top = sink;
+    for (int64_t task = begin; task < end; ++task) top = in.max(task)[r] > top ? in.max(task)[r] : top;
+    const float shift = top > kLowest ? top : kLowest;
+    float scale[kWidth];
+    store(scale, exp2(set1((sink - shift) * c)));
+    float sum = scale[0];
+    for (int64_t d = 0; d < in.wide; d += kWidth) store(acc + d, zero());
+    for (int64_t task = begin; task < end; ++task) {
+      store(scale, exp2(set1((in.max(task)[r] - shift) * c)));
+      sum += in.sum(task)[r] * scale[0];
+      const float* part = in.acc(task) + r * in.wide;
+      for (int64_t d = 0; d < in.wide; d += kWidth)
+        store(acc + d, fmadd(load(part + d), set1(scale[0]), load(acc + d)));
+    }
+    T* o = static_cast<T*>(a.o) + head.b * a.o_strides[0] + (head0 + r % G) * a.o_strides[1] + r / G * a.o_strides[2];
+    store_row(acc, sum, a.D, o);
+  }
+}
+
+}  // namespace
+
+void attention_decode(const AttentionArgs& a) {
+  const int64_t heads = a.B * a.Hk, rows = heads > 0 ? a.T * (a.H / a.Hk) : 0, wide = round_up(a.D, kWidth);
+  if (rows == 0) return;
+  const int64_t splits = most(1, (a.S + kSplit - 1) / kSplit), tasks = heads * splits;
+  const int64_t workers = least(a.threads < 1 ? 1 : a.threads, tasks);
+  // Scratch: q, p and a row for each worker; the partials; for each head how many of its tasks are done.
+  const int64_t q_floats = rows * wide, scratch = round_up(q_floats + rows * kSplit + wide, 16);
+  float* memory = workspace(workers * scratch + tasks * Partials::floats(rows, wide) + heads);
+  const Partials partials = {memory + workers * scratch, rows, wide};
+  float* done = partials.max(tasks);
+  std::memset(done, 0, static_cast<size_t>(heads) * sizeof(float));
+  static_assert(sizeof(int) == sizeof(float), "counters lie among floats");
+
+  int64_t next = 0;
+  // One chunk a worker, each with its own scratch; workers take tasks from a counter.
+  parallel_for(workers, 1, static_cast<int>(workers), [&](int64_t worker, int64_t last_worker) {
+    for (; worker < last_worker; ++worker) {
+      float *q = memory + worker * scratch, *p = q + q_floats, *row = p + rows * kSplit;
+      for (;;) {
+        const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+        if (task >= tasks) break;
+        const int64_t index = task / splits, b = index / a.Hk, keys = num_keys(a, b);
+        const Head head = {b, index % a.Hk, keys, visible(a, keys, 0).begin, visible(a, keys, a.T - 1).end};
+        const int64_t s0 = most(head.begin, task % splits * kSplit);
+        const int64_t s1 = least(head.end, (task % splits + 1) * kSplit);
+#define FASTLLM_BODY(T) attend<decltype(T)>(a, head, s0, s1, q, p, partials, task)
+        if (s0 < s1) FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
+#undef FASTLLM_BODY
+        if (__atomic_add_fetch(reinterpret_cast<int*>(done + index), 1, __ATOMIC_ACQ_REL) != splits) continue;
+        // Tasks of this head that had keys.
+        const int64_t some = head.begin < head.end;
+        const int64_t first = index * splits + (some ? head.begin / kSplit : 0);
+        const int64_t end = some ? index * splits + (head.end - 1) / kSplit + 1 : first;
+#define FASTLLM_BODY(T) combine<decltype(T)>(a, head, partials, first, end, row)
+        FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
+#undef FASTLLM_BODY
+      }
+    }
+  });
+}
+
+}  // namespace fastllm::cpu::FASTLLM_ISA

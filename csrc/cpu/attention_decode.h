@@ -1,0 +1,10 @@
+#pragma once
+
+#include "attention_args.h"
+#include "isa.h"
+
+namespace fastllm::cpu {
+
+FASTLLM_KERNEL(attention_decode, AttentionArgs, avx512)
+
+}  // namespace fastllm::cpu

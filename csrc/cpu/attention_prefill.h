@@ -1,0 +1,10 @@
+#pragma once
+
+#include "attention_args.h"
+#include "isa.h"
+
+namespace fastllm::cpu {
+
+FASTLLM_KERNEL(attention_prefill, AttentionArgs, avx512)
+
+}  // namespace fastllm::cpu

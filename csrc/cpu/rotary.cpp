@@ -1,0 +1,145 @@
+// Rotary position embedding: each pair (a, b) of lanes turns by its token's angle,
+//
+//   a' = a cos_a - b sin_a,   b' = b cos_b + a sin_b
+//
+// where the pair is lanes (i, i + R/2), or (2i, 2i + 1) when interleaved, and cos and sin hold a value for each lane.
+// With caches, rotated k and untouched v go to their slots in the same pass.
+//
+// Bytes a token: (H + Hk) D read and written, (H + 2 Hk) D with caches, plus 2 R of cos and sin, which stay in L1 over
+// the heads. Flops: 3 a lane, far below what memory allows: memory limits it, from L2 or beyond.
+#include "rotary.h"
+
+#include "parallel.h"
+#include "rows.h"
+#include "simd/simd.h"
+
+namespace fastllm::cpu::FASTLLM_ISA {
+namespace {
+
+template <typename X, typename Y>
+FASTLLM_INLINE void copy_lanes(const X* x, Y* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(y + i, load(x + i));
+  if (i < n) store_n(y + i, load_n(x + i, n - i), n - i);
+}
+// Of one type: the very bits, signalling NaNs too.
+template <typename X>
+FASTLLM_INLINE void copy_lanes(const X* x, X* y, int64_t n) {
+  std::memcpy(y, x, static_cast<size_t>(n) * sizeof(X));
+}
+
+template <typename X, typename C, typename Y>
+FASTLLM_INLINE void rotate_halves(const X* x, Y* y, const C* cos, const C* sin, int64_t half) {
+  int64_t i = 0;
+  for (; i + kWidth <= half; i += kWidth) {
+    const vf a = load(x + i), b = load(x + half + i);
+    store(y + i, fnmadd(b, load(sin + i), a * load(cos + i)));
+    store(y + half + i, fmadd(a, load(sin + half + i), b * load(cos + half + i)));
+  }
+  if (i < half) {
+    const int64_t n = half - i;
+    const vf a = load_n(x + i, n), b = load_n(x + half + i, n);
+    store_n(y + i, fnmadd(b, load_n(sin + i, n), a * load_n(cos + i, n)), n);
+    store_n(y + half + i, fmadd(a, load_n(sin + half + i, n), b * load_n(cos + half + i, n)), n);
+  }
+}
+
+template <typename X, typename C, typename Y>
+FASTLLM_INLINE void rotate_pairs(const X* x, Y* y, const C* cos, const C* sin, int64_t R) {
+#if FASTLLM_ISA_LEVEL == 0
+  for (int64_t i = 0; i < R; i += 2) {
+    const vf a = load(x + i), b = load(x + i + 1);
+    store(y + i, fnmadd(b, load(sin + i), a * load(cos + i)));
+    store(y + i + 1, fmadd(a, load(sin + i + 1), b * load(cos + i + 1)));
+  }
+#else
+  int64_t i = 0;
+  for (; i + kWidth <= R; i += kWidth) {
+    const vf a = load(x + i);
+    store(y + i, fmaddsub(a, load(cos + i), swap_pairs(a) * load(sin + i)));
+  }
+  if (i < R) {
+    const int64_t n = R - i;
+    const vf a = load_n(x + i, n);
+    store_n(y + i, fmaddsub(a, load_n(cos + i, n), swap_pairs(a) * load_n(sin + i, n)), n);
+  }
+#endif
+}
+
+FASTLLM_INLINE int64_t index_at(const int64_t* indices, const int64_t* strides, int64_t b, int64_t t) {
+  return indices ? indices[b * strides[0] + t * strides[1]] : t;
+}
+
+// One head of one token.
+template <typename X, typename C, typename Y>
+FASTLLM_INLINE void rotary_row(const RotaryArgs& a, const RotaryTensor& tensor, int64_t b, int64_t h, int64_t t) {
+  const int64_t row = tensor.slotted ? index_at(a.slots, a.slots_strides, b, t) : t;
+  const int64_t *in = tensor.in_strides, *out = tensor.out_strides;
+  const X* x = static_cast<const X*>(tensor.in) + b * in[0] + h * in[1] + t * in[2];
+  Y* y = static_cast<Y*>(tensor.out) + b * out[0] + h * out[1] + row * out[2];
+  if (!tensor.rotated) {
+    copy_lanes(x, y, a.D);
+    return;
+  }
+  const int64_t angle = index_at(a.positions, a.positions_strides, b, t);
+  const C* cos = static_cast<const C*>(a.cos) + b * a.cos_strides[0] + angle * a.cos_strides[1];
+  const C* sin = static_cast<const C*>(a.sin) + b * a.sin_strides[0] + angle * a.sin_strides[1];
+  if (a.interleaved) {
+    rotate_pairs(x, y, cos, sin, a.R);
+  } else {
+    rotate_halves(x, y, cos, sin, a.R / 2);
+  }
+  if (a.R < a.D) copy_lanes(x + a.R, y + a.R, a.D - a.R);
+}
+
+// Tokens [t0, t1) of batch b, in the order in which the rows stand in memory.
+template <typename X, typename C, typename Y>
+void rotary_tokens(const RotaryArgs& a, const RotaryTensor& tensor, int64_t b, int64_t t0, int64_t t1) {
+  if (tensor.in_strides[1] < tensor.in_strides[2]) {
+    for (int64_t t = t0; t < t1; ++t) {
+      for (int64_t h = 0; h < tensor.heads; ++h) rotary_row<X, C, Y>(a, tensor, b, h, t);
+    }
+  } else {
+    for (int64_t h = 0; h < tensor.heads; ++h) {
+      for (int64_t t = t0; t < t1; ++t) rotary_row<X, C, Y>(a, tensor, b, h, t);
+    }
+  }
+}
+
+// cos and sin are of X or float; the result of X, or shorter where a float k goes into a cache of halves.
+template <typename X>
+void rotary_tokens_of(const RotaryArgs& a, const RotaryTensor& tensor, int64_t b, int64_t t0, int64_t t1) {
+  if (a.table_dtype == DType::f32) {
+    rotary_tokens<X, float, X>(a, tensor, b, t0, t1);
+  } else {
+    rotary_tokens<X, X, X>(a, tensor, b, t0, t1);
+  }
+}
+template <>
+void rotary_tokens_of<float>(const RotaryArgs& a, const RotaryTensor& tensor, int64_t b, int64_t t0, int64_t t1) {
+#define FASTLLM_BODY(T) rotary_tokens<float, float, decltype(T)>(a, tensor, b, t0, t1)
+  FASTLLM_FOR_FLOAT(tensor.out_dtype, FASTLLM_BODY)
+#undef FASTLLM_BODY
+}
+
+}  // namespace
+
+void rotary(const RotaryArgs& a) {
+  int64_t lanes = 1;
+  for (int i = 0; i < a.num_tensors; ++i) lanes += a.tensors[i].heads * a.D;
+  const int64_t tokens_a_chunk = 1 + 16384 / lanes;  // a chunk is worth waking a thread for: about 5 us
+  parallel_for(a.B * a.T, tokens_a_chunk, a.threads, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t b = begin / a.T, t0 = begin - b * a.T, left = t0 + (end - begin);
+      const int64_t t1 = left < a.T ? left : a.T;
+      for (int i = 0; i < a.num_tensors; ++i) {
+#define FASTLLM_BODY(T) rotary_tokens_of<decltype(T)>(a, a.tensors[i], b, t0, t1)
+        FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
+#undef FASTLLM_BODY
+      }
+      begin += t1 - t0;
+    }
+  });
+}
+
+}  // namespace fastllm::cpu::FASTLLM_ISA

@@ -1,0 +1,3 @@
+from .api import embedding
+
+__all__ = ["embedding"]

@@ -1,0 +1,3 @@
+from .api import gated_activation
+
+__all__ = ["gated_activation"]

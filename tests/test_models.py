@@ -1,0 +1,274 @@
+"""The thin LLaMA against transformers, on every architecture it covers: small, random, and the real one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import fastllm
+from fastllm.evaluation.quality import agreement, perplexity, windows
+from fastllm.measure.check import check
+from fastllm.models import reference_ops
+from fastllm.models.llama import Llama
+from fastllm.models.real_model import find
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+ARCHITECTURES = {
+    "llama": transformers.LlamaConfig(**SMALL, tie_word_embeddings=False),
+    "llama tied, llama3 rope": transformers.LlamaConfig(
+        **SMALL, tie_word_embeddings=True, rope_parameters={"rope_theta": 10000.0, **LLAMA3_SCALING}
+    ),
+    "llama multi-query, wide head": transformers.LlamaConfig(**{**SMALL, "num_key_value_heads": 1}, head_dim=48),
+    "mistral with a window": transformers.MistralConfig(**SMALL, sliding_window=24),
+    "qwen2": transformers.Qwen2Config(**SMALL, use_sliding_window=False),
+    "qwen3": transformers.Qwen3Config(**SMALL, head_dim=32, use_sliding_window=False),
+}
+
+
+def save(config, folder, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():  # biases and norms start at constants that hide mistakes
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    model = model.to(dtype)
+    model.save_pretrained(folder)
+    return model
+
+
+def ids_of(batch, tokens, seed=1):
+    return torch.randint(3, SMALL["vocab_size"], (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_are_within_the_rule(name, tmp_path):
+    theirs = save(ARCHITECTURES[name], tmp_path)
+    ours = fastllm.load(tmp_path)
+    ids = ids_of(2, 61)
+    with torch.no_grad():
+        p = theirs(ids).logits
+        r = theirs.double()(ids).logits
+    verdict = check(ours.logits(ids), r, p)
+    assert verdict.ok, verdict.why
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral with a window", "qwen3"])
+def test_bf16_is_as_near_to_float64_as_transformers_is(name, tmp_path):
+    theirs = save(ARCHITECTURES[name], tmp_path, torch.bfloat16)
+    ours = fastllm.load(tmp_path)
+    assert ours.llama.dtype == torch.bfloat16
+    ids = ids_of(2, 61)
+    with torch.no_grad():
+        p = theirs(ids).logits
+        r = theirs.double()(ids).logits
+    verdict = check(ours.logits(ids), r, p)
+    assert verdict.ok, verdict.why
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_generation_equals_transformers(name, tmp_path):
+    theirs = save(ARCHITECTURES[name], tmp_path)
+    theirs.generation_config.eos_token_id = None
+    ours = fastllm.load(tmp_path)
+    ours.llama = Llama(
+        ours.config, ours.llama.weights, ours.llama.rope, dtype=ours.llama.dtype, activations="float", ops=fastllm.ops
+    )
+    prompts = ids_of(3, 40)
+    ragged = [prompts[0, :40].tolist(), prompts[1, :7].tolist(), prompts[2, :23].tolist()]
+    expected = []
+    for prompt in ragged:
+        with torch.no_grad():
+            full = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)
+        expected.append(full[0, len(prompt) :].tolist())
+    from fastllm.generation.loop import generate_ids
+    from fastllm.generation.sampling import Sampling
+
+    steps = list(generate_ids(ours.llama, ragged, Sampling(), max_new_tokens=20, context=ours.context))
+    assert [[step[b] for step in steps] for b in range(3)] == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_the_page_runs_on_the_reference_ops(name, tmp_path):
+    save(ARCHITECTURES[name], tmp_path)
+    ours = fastllm.load(tmp_path)
+    plain = Llama(ours.config, ours.llama.weights, ours.llama.rope, ops=reference_ops)
+    ids = ids_of(2, 33)
+    with torch.inference_mode():
+        expected = plain.head(plain.hidden_states(ids, plain.new_cache(2, 33)))
+    error = (ours.logits(ids) - expected).abs().max()
+    assert error <= 2**-16 * expected.abs().max()  # two orders of fp32 summation
+    with fastllm.use_backend("reference"):
+        assert torch.equal(ours.logits(ids), expected)
+
+
+@pytest.mark.parametrize(("weights", "activations"), [("int8", "float"), ("int8", "int8"), ("int4", "float"), ("int4", "int8")])
+def test_quantising_at_load_degrades_in_the_order_it_should(weights, activations, tmp_path):
+    save(ARCHITECTURES["llama"], tmp_path)
+    exact = fastllm.load(tmp_path)
+    ours = fastllm.load(tmp_path, weights=weights, group_size=32, activations=activations)
+    ids = ids_of(2, 61)
+    found = agreement(iter(exact.logits(ids)), iter(ours.logits(ids)))
+    int4 = agreement(iter(exact.logits(ids)), iter(fastllm.load(tmp_path, weights="int4", group_size=32).logits(ids)))
+    assert 0 < found.rms_logit_error <= 1.2 * int4.rms_logit_error
+
+
+def test_text_needs_a_tokenizer_and_says_so(tmp_path):
+    save(ARCHITECTURES["llama"], tmp_path)
+    model = fastllm.load(tmp_path)
+    assert len(model.generate(ids_of(1, 5)[0], max_new_tokens=4)) <= 4
+    assert [len(row) <= 3 for row in model.generate(ids_of(2, 5), max_new_tokens=3)] == [True, True]
+    with pytest.raises(ValueError, match="no tokenizer"):
+        model.generate("hello")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error", "message"),
+    [
+        ("dtype", torch.float64, TypeError, "dtype has dtype torch.float64"),
+        ("weights", "int3", ValueError, "weights is 'int3', expected None, 'int8' or 'int4'"),
+        ("activations", "fp8", ValueError, "activations is 'fp8'"),
+        ("context", 10**9, ValueError, "context is 1000000000, expected from 1 to 256"),
+        ("context", 0, ValueError, "context is 0"),
+    ],
+)
+def test_load_refuses_in_words(argument, value, error, message, tmp_path):
+    save(ARCHITECTURES["llama"], tmp_path)
+    with pytest.raises(error, match=message):
+        fastllm.load(tmp_path, **{argument: value})
+
+
+def test_an_unknown_architecture_is_refused_by_name(tmp_path):
+    save(ARCHITECTURES["llama"], tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="'mamba', expected llama, mistral, qwen2 or qwen3"):
+        fastllm.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        ([[1, 2]], TypeError, "ids is a list, expected a torch.Tensor"),
+        (torch.zeros(1, 3), TypeError, "ids has dtype torch.float32"),
+        (torch.zeros(3, dtype=torch.int64), ValueError, r"ids has shape \(3,\)"),
+        (torch.zeros(1, 0, dtype=torch.int64), ValueError, "at least one token"),
+        (torch.zeros(1, 257, dtype=torch.int64), ValueError, "at most 256 tokens"),
+        (torch.full((1, 2), 320), ValueError, "320"),
+        (torch.full((1, 2), -1), ValueError, "-1"),
+    ],
+)
+def test_logits_refuses_bad_ids(ids, error, message, tmp_path):
+    save(ARCHITECTURES["llama"], tmp_path)
+    with pytest.raises(error, match=message):
+        fastllm.load(tmp_path).logits(ids)
+
+
+# ---------------------------------------------------------------- the real model
+
+
+@pytest.fixture(scope="module")
+def real():
+    try:
+        return fastllm.load(find())
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def prose(real):
+    import pydoc_data.topics
+
+    text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    return windows(real.tokenizer.encode(text, add_special_tokens=False)[:512], length=256, tokens=512)
+
+
+def test_real_model_int8_activations_cost_little(real, prose):
+    try:
+        real.llama.activations = "float"
+        exact = perplexity(real.logits, prose)
+        real.llama.activations = "int8"
+        rounded = perplexity(real.logits, prose)
+    finally:
+        real.llama.activations = "float"
+    assert 3 < exact < 30
+    assert rounded < 1.015 * exact
+
+
+def test_real_model_speaks(real):
+    text = real.generate("The capital of France is", max_new_tokens=8)
+    assert "Paris" in text
+    assert "".join(real.stream("The capital of France is", max_new_tokens=8)) == text
+    answers = real.generate(["The capital of France is", "The capital of Italy is the city of"], max_new_tokens=8)
+    assert answers[0] == text
+    assert "Rome" in answers[1]
+    cut = real.generate("The capital of France is", max_new_tokens=8, stop="Paris")
+    assert cut == text[: text.index("Paris")]
+    chat = real.generate([{"role": "user", "content": "Say hello."}], max_new_tokens=12)
+    assert isinstance(chat, str)
+    assert chat
+
+
+# ---------------------------------------------------------------- the recorded decode step
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral with a window", "qwen2", "qwen3"])
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_a_replayed_step_gives_the_bits_of_a_computed_one(name, activations, tmp_path):
+    from dataclasses import replace
+
+    from fastllm.generation.decode import DecodeStep
+    from fastllm.generation.loop import prefill
+    from fastllm.quant import quantize
+
+    save(ARCHITECTURES[name], tmp_path)
+    llama = fastllm.load(tmp_path, weights="int4", group_size=32, activations=activations).llama
+    w = llama.weights
+    llama.weights = replace(w, embedding=quantize(w.embedding, 8, 32).pack(), head=quantize(w.head, 8, 32).pack())
+    prompts = [ids_of(1, 37)[0].tolist(), ids_of(1, 11, seed=2)[0].tolist()]
+    caches = [llama.new_cache(2, 60) for _ in range(2)]
+    for cache in caches:
+        with torch.inference_mode():
+            prefill(llama, prompts, cache)
+    replayed, computed = DecodeStep(llama, caches[0]), DecodeStep(llama, caches[1])
+    computed._recordable = False
+    for step in range(20):
+        ids = [3 + step, 90 - step]
+        assert torch.equal(replayed(ids), computed(ids))
+        for cache in caches:
+            cache.lengths += 1
+    assert len(replayed._recording) == llama.kernel_calls
+    assert computed._recording is None
+
+
+def test_a_step_that_pytorch_helps_with_is_not_replayed(tmp_path):
+    from fastllm.generation.decode import DecodeStep
+
+    save(ARCHITECTURES["llama"], tmp_path)
+    llama = fastllm.load(tmp_path, weights="int8").llama  # embedding and head stay float
+    cache = llama.new_cache(1, 8)
+    step = DecodeStep(llama, cache)
+    first = step([5]).clone()
+    assert step._recording is None
+    assert not torch.equal(step([6]), first)
