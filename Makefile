@@ -31,9 +31,9 @@ wheel: $(VENV)/installed
 emulate: $(VENV)/installed
 	$(PY) tests/native/variant.py emulate -m pytest -q -k avx512 tests/test_ops.py
 
-# Every case of every op, with the kernels and the bindings under AddressSanitizer and UndefinedBehaviorSanitizer.
+# Every case of every op (CASES: those that pytest's -k chooses), with the kernels and the bindings under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/installed
-	$(PY) tests/native/variant.py sanitize -m pytest -q tests/test_ops.py tests/test_boundary.py
+	$(PY) tests/native/variant.py sanitize -m pytest -q -k "$(CASES)" tests/test_ops.py tests/test_boundary.py
 
 # Which instructions each rung's functions use: the proof that no rung leaks into another.
 rungs: build/built
