@@ -19,8 +19,7 @@ def torch_linear(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, a
     """F.linear on the dequantised weight; with int8 activations on activations that were rounded and widened again."""
     if activations == "int8":
         group_size = reference.activation_group(w.group_size)
-        rounded = reference.quantize_activations(x, group_size)
-        x = reference.dequantize_activations(*rounded, group_size, torch.float32).to(x.dtype)
+        x = reference.round_activations(x, group_size, torch.float32).to(x.dtype)
     return torch.nn.functional.linear(x, w.dequantize(x.dtype), bias)
 
 

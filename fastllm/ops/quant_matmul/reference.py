@@ -6,6 +6,8 @@ columns (LLM.int8(), Dettmers et al., 2022, https://arxiv.org/abs/2208.07339, is
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,11 +42,34 @@ def dequantize_activations(q: Tensor, scale: Tensor, group_size: int, dtype: tor
     return (q.to(dtype) * scale.to(dtype).repeat_interleave(group_size, -1)[..., : q.shape[-1]]).to(dtype)
 
 
+class _StraightThrough(torch.autograd.Function):
+    """Activations rounded to int8 and widened again; gradients pass as if nothing had been rounded (Bengio et al., 2013)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+        return dequantize_activations(*quantize_activations(x, group_size), group_size, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.to(ctx.dtype), None, None
+
+
+def round_activations(x: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """What int8 activations stand for, in dtype."""
+    return _StraightThrough.apply(x, group_size, dtype)
+
+
 def quant_matmul(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float") -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     seen = x.to(wide)
     if activations == "int8":
         group_size = activation_group(w.group_size)
-        seen = dequantize_activations(*quantize_activations(x, group_size), group_size, wide)
+        seen = round_activations(x, group_size, wide)
     y = seen @ w.dequantize(wide).T
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
