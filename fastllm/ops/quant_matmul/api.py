@@ -99,6 +99,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     """d/dx = grad_y w and d/dbias = the sum of grad_y over rows; rounding of activations passes gradients straight."""
+    if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        raise NotImplementedError("quant_matmul: no gradient to scale and minimum, because the stored weight is not trained")
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = grad_y @ _stored(*ctx.saved_tensors, *ctx.form).dequantize(grad_y.dtype)
