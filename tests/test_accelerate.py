@@ -543,12 +543,11 @@ def test_a_quantised_layer_passes_gradients_on():
     assert embedded.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("weights", [None, "int4"])
-@pytest.mark.parametrize("kind", ["llama", "mistral window"])
+@pytest.mark.parametrize(("kind", "weights"), [("llama", "int4"), ("mistral window", None)])
 def test_compiles_without_a_graph_break(kind, weights):
     model = build(kind)
     quiet(model, weights=weights)
-    wanted = plain(model), left_padded(model), in_pieces(model)
+    wanted = plain(model), left_padded(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for call, want in zip((plain, left_padded), wanted):
@@ -636,3 +635,38 @@ def test_without_transformers_the_extra_is_named(monkeypatch):
 def test_importing_fastllm_does_not_import_transformers():
     code = "import sys, fastllm; fastllm.accelerate; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---------------------------------------------------------------- the real model
+
+
+def real_model_path():
+    from fastllm.models import real_model
+
+    try:
+        return str(real_model.find())
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def test_the_real_model():
+    from fastllm.demo import _transformers_model
+
+    model = _transformers_model(real_model_path(), torch.float32).eval()
+    ids = torch.randint(0, 49152, (1, 48), generator=torch.Generator().manual_seed(0))
+
+    def run(m):
+        with torch.no_grad():
+            return m(ids).logits
+
+    prompt = torch.tensor([[504, 3575, 282, 4649, 314]])  # The capital of France is
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    p, tokens = run(model), model.generate(prompt, **options)
+    report = quiet(model)
+    assert report.counts == {"rms_norm": 61, "rotary": 30, "attention": 30, "gated_mlp": 30}
+    y, ours = run(model), model.generate(prompt, **options)
+    report.undo()
+    assert run(model).equal(p)
+    assert ours.equal(tokens)
+    verdict = check(y, run(model.double()), p)
+    assert verdict.ok, verdict.why

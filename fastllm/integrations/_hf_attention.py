@@ -117,6 +117,7 @@ def attention_forward(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """``fastllm.attention`` for one layer: query (B, H, T, D), key and value (B, Hk, S, D) -> (B, T, H, D).
@@ -132,8 +133,13 @@ def attention_forward(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     wants_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     same = query.dtype == key.dtype == value.dtype and query.dtype in FLOATS
-    unknown = others.get("cache") is not None or others.get("position_bias") is not None or others.get("s_aux") is not None
+    unknown = others.get("cache") is not None or others.get("position_bias") is not None
     if wants_gradient or dropout or not same or unknown:
+        if s_aux is not None:
+            raise NotImplementedError(
+                "attention: s_aux is given together with a gradient, dropout, mixed dtypes or a paged cache, expected none of them, "
+                "because PyTorch's attention, which serves those, knows no sinks; call model.set_attn_implementation('eager')"
+            )
         mask = _whole_mask(attention_mask, query.shape[2], key.shape[2], causal, sliding_window, query.device)
         others |= {"dropout": dropout, "scaling": scaling, "is_causal": causal, "softcap": softcap}
         return sdpa_attention_forward(module, query, key, value, mask, **others)
@@ -147,7 +153,8 @@ def attention_forward(
             kv_lens = attention_mask.flatten()
         else:
             mask, causal, window = attention_mask, False, None
-    out = attention(query, key, value, causal=causal, scale=scaling, window=window, softcap=softcap, mask=mask, kv_lens=kv_lens)
+    options = {"scale": scaling, "window": window, "softcap": softcap, "sinks": s_aux}
+    out = attention(query, key, value, causal=causal, mask=mask, kv_lens=kv_lens, **options)
     return out.transpose(1, 2).contiguous(), None
 
 

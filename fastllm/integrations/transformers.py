@@ -449,7 +449,11 @@ class _Plan:
             by = f"fastllm.quant_matmul, {weights} in groups of {group}, {activations} activations"
             if group != group_size:
                 by += f" (K = {K} is not divisible by {group_size})"
-            weight = quantize(module.weight, BITS[weights], group)
+            try:
+                weight = quantize(module.weight, BITS[weights], group)
+            except ValueError as error:  # inf or nan in it
+                self.leave(name, "Linear", str(error))
+                continue
             quantised = QuantLinear(weight, module.bias, activations=activations).train(module.training)
             why = _no_kernel("quant_matmul", _probe(module.weight, 1, K), quantised.quantized, activations=activations)
             if why is not None:
@@ -469,8 +473,6 @@ class _Plan:
             return "its weight is parametrised"
         if module.weight.dtype not in FLOATS:
             return f"its weight is {module.weight.dtype}, quantize takes float32, bfloat16 and float16"
-        if not bool(torch.isfinite(module.weight).all()):
-            return "its weight holds inf or nan"
         return None
 
     def leave_the_rest(self, weights: str | None) -> None:
