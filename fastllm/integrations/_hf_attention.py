@@ -153,8 +153,9 @@ def attention_forward(
             kv_lens = attention_mask.flatten()
         else:
             mask, causal, window = attention_mask, False, None
-    options = {"scale": scaling, "window": window, "softcap": softcap, "sinks": s_aux}
-    out = attention(query, key, value, causal=causal, mask=mask, kv_lens=kv_lens, **options)
+    out = attention(
+        query, key, value, causal=causal, scale=scaling, window=window, softcap=softcap, mask=mask, kv_lens=kv_lens, sinks=s_aux
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
