@@ -120,23 +120,13 @@ if _cpu_loaded is not None:
 # ---------------------------------------------------------------- what is here
 
 
-def _triton_version() -> str:
-    import importlib.util
-
-    if importlib.util.find_spec("triton") is None:
-        return "not installed"
-    import triton
-
-    return triton.__version__
-
-
 def info() -> dict[str, Any]:
     """What this machine and this build have, as plain data: versions, rungs, threads, GPUs, forced choices."""
     facts: dict[str, Any] = {
-        "fastllm": _version(),
+        "fastllm": _version("fastllm"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": _version("triton"),  # asked of its metadata: importing it takes 70 MiB
         "machine": platform.machine(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
@@ -159,12 +149,12 @@ def info() -> dict[str, Any]:
     return facts
 
 
-def _version() -> str:
+def _version(package: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        return version("fastllm")
-    except PackageNotFoundError:  # imported from a checkout that was never installed
+        return version(package)
+    except PackageNotFoundError:  # fastllm itself: imported from a checkout that was never installed
         return "not installed"
 
 

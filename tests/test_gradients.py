@@ -14,7 +14,7 @@ import fastllm
 from fastllm.measure.check import check
 from fastllm.measure.verify import all_cases, case_inputs, clone, results
 
-LARGE = 4 << 20  # bytes of a case's inputs
+LARGE = 256 << 10  # bytes of a case's inputs
 FACTOR = 3.0  # the rule's factor for a backward
 
 
@@ -141,7 +141,7 @@ def test_the_forced_reference_differentiates_too(spec, case, wanted):
         plain = gradients(spec.call, inputs, wanted, cotangents)
     expected = gradients(spec.reference, inputs, wanted, cotangents)
     for name in wanted:
-        assert torch.equal(plain[name], expected[name]), name
+        assert plain[name].allclose(expected[name], rtol=0, atol=0, equal_nan=True), name
 
 
 WRONG = {

@@ -20,7 +20,7 @@ from fastllm.measure.verify import all_cases, case_inputs, clone, results, to_fl
 from fastllm.ops._explain import ops_reached
 from fastllm.ops._op import OPS
 
-LARGE = 4 << 20  # bytes of a case's inputs: these tests are about doors, not about numbers
+LARGE = 256 << 10  # bytes of a case's inputs: these tests are about doors, not about numbers
 
 
 def _bytes(value):

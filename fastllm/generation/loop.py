@@ -15,7 +15,7 @@ from .sampling import Sampling
 __all__ = ["PREFILL_CHUNK", "generate_ids", "prefill"]
 
 # Tokens that go through the model at once: enough to keep matrix kernels busy, few enough that activations stay small.
-PREFILL_CHUNK = 256
+PREFILL_CHUNK = 128
 
 
 def prefill(model: Decoder, prompts: Sequence[Sequence[int]], cache: Any) -> Tensor:

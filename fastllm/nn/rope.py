@@ -302,8 +302,8 @@ def rope_tables(
     )
     inv_freq, attention_scaling = _SCALINGS[kind](config)
     angles = torch.arange(max_positions, dtype=torch.int64)[:, None].float() * inv_freq
-    angles = angles.repeat_interleave(2, -1) if interleaved else torch.cat((angles, angles), -1)
-    cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
-    return RopeTables(
-        cos.to(device=device, dtype=dtype), sin.to(device=device, dtype=dtype), inv_freq.to(device), float(attention_scaling)
+    cos, sin = (  # widened last: a long context's tables are megabytes
+        half.repeat_interleave(2, -1) if interleaved else torch.cat((half, half), -1)
+        for half in ((f(angles) * attention_scaling).to(device=device, dtype=dtype) for f in (torch.cos, torch.sin))
     )
+    return RopeTables(cos, sin, inv_freq.to(device), float(attention_scaling))
