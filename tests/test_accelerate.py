@@ -640,19 +640,10 @@ def test_importing_fastllm_does_not_import_transformers():
 # ---------------------------------------------------------------- the real model
 
 
-def real_model_path():
-    from fastllm.models import real_model
-
-    try:
-        return str(real_model.find())
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
-def test_the_real_model():
+def test_the_real_model(real_path):
     from fastllm.demo import _transformers_model
 
-    model = _transformers_model(real_model_path(), torch.float32).eval()
+    model = _transformers_model(str(real_path), torch.float32).eval()
     ids = torch.randint(0, 49152, (1, 48), generator=torch.Generator().manual_seed(0))
 
     def run(m):

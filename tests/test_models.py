@@ -12,7 +12,6 @@ from fastllm.evaluation.quality import agreement, perplexity, windows
 from fastllm.measure.check import check
 from fastllm.models import reference_ops
 from fastllm.models.llama import Llama
-from fastllm.models.real_model import find
 
 transformers = pytest.importorskip("transformers")
 
@@ -189,11 +188,8 @@ def test_logits_refuses_bad_ids(ids, error, message, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def real():
-    try:
-        return fastllm.load(find())
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+def real(real_path):
+    return fastllm.load(real_path)
 
 
 @pytest.fixture(scope="module")
