@@ -1,4 +1,4 @@
-"""Every op's model shapes under pytest-benchmark, ours beside PyTorch's own way: `make bench`, or `pytest benchmarks`.
+"""Every op's model shapes under pytest-benchmark, ours beside PyTorch's own way: `pytest benchmarks`.
 
 `fastllm bench` measures the same shapes in turns, with limits and verdicts; this suite is for following them over time:
 `pytest benchmarks --benchmark-autosave`, later `--benchmark-compare`.
