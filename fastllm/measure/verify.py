@@ -21,6 +21,7 @@ from ..backends import isa_names, use_backend, use_isa
 from ..errors import value_error
 from ..ops._case import Case, OpCases
 from ..ops._explain import ops_reached
+from ..ops._triton import interpreting
 from .check import Verdict, check
 from .poison import poisoned
 
@@ -61,9 +62,21 @@ DTYPES = {
 SCALAR_FLOPS = 500_000_000
 
 
-def too_slow(case: Case, isa: str | None) -> bool:
-    """The one rule by which tests and ``verify`` leave a case out: a large one on the scalar rung."""
-    return isa == "scalar" and case.flops > SCALAR_FLOPS
+# Triton's interpreter computes with numpy, one program after the other: some 10 MFLOP/s.
+INTERPRETED_FLOPS, INTERPRETED_BYTES = 20_000_000, 2_000_000
+
+
+def too_slow(case: Case, isa: str | None, backend: str = "cpu") -> str:
+    """The one rule by which tests and ``verify`` leave a case out: a large one on the scalar rung or in an interpreter.
+
+    Returns the reason, or "" for a case that is run.
+    """
+    if backend == "triton" and interpreting():
+        if case.flops > INTERPRETED_FLOPS or case.bytes > INTERPRETED_BYTES:
+            return f"{case.flops / 1e6:.0f} MFLOP and {case.bytes / 1e6:.0f} MB in Triton's interpreter: --slow runs it"
+    elif isa == "scalar" and case.flops > SCALAR_FLOPS:
+        return f"{case.flops / 1e9:.1f} GFLOP on the scalar rung: --slow runs it"
+    return ""
 
 
 # ---------------------------------------------------------------- cases
@@ -275,8 +288,7 @@ def verify_case(
             reason = refusal(spec, to_device(inputs, device_of(name)), name)
             # Without the compiled module, one row says so.
             for isa in isas if name == "cpu" and isas else ("",):
-                if reason is None and not slow and too_slow(case, isa):
-                    late = f"{case.flops / 1e9:.1f} GFLOP on the scalar rung: --slow runs it"
+                if reason is None and not slow and (late := too_slow(case, isa, name)):
                     yield _result(spec, case, name, isa, None, Verdict.failed(late), 0.0)
                 elif reason is not None:
                     yield _result(spec, case, name, isa, None, Verdict.failed(reason), 0.0)

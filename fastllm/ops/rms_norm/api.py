@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...backends import Backend
 from ...errors import value_error
-from .. import _check, _op
+from .. import _check, _op, _triton
 from . import native, reference
 
 # Two schemas, because a PyTorch op cannot return a tensor or two. The arguments are the same.
@@ -102,6 +102,7 @@ def _backward_residual(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tens
 
 _BACKENDS = (
     Backend("cpu", native.rms_norm, native.refuse),
+    _triton.backend(__package__, "rms_norm"),
     Backend("reference", _reference, _check.never_refuse),
 )
 _plain = _op.Op(

@@ -1,0 +1,152 @@
+"""What the ops' Triton kernels share: when they can serve, how rows are addressed, how they are launched and listed.
+
+An op's ``triton.py`` holds its kernels and three functions: ``refuse`` (why these arguments can't be served), one that
+runs, and ``builds``, which lists each kernel with every launch that it may get, so that they can be compiled for GPUs that
+are not here (``fastllm compile``). The file is imported when a call first needs it: Triton costs a second and 70 MiB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend
+
+__all__ = ["Build", "Rows", "backend", "capability", "device_of", "interpreting", "power_of_two", "rows"]
+
+MIN_CAPABILITY = (8, 0)
+ASSUMED_CAPABILITY = (9, 0)  # of a CUDA tensor where there is no GPU: a FakeTensor
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors: right, and thousands of times too slow."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else ASSUMED_CAPABILITY
+
+
+def backend(package: str, run: str) -> Backend:
+    """The backend "triton" of the op in ``package``, whose ``triton.py`` has the functions ``run`` and ``refuse``."""
+
+    def module() -> Any:
+        if interpreting():
+            _mend_interpreter()
+        return importlib.import_module(f"{package}.triton")
+
+    def refuse(*args: Any) -> str | None:
+        for t in args:
+            if isinstance(t, Tensor) and not (t.is_cuda or (t.is_cpu and interpreting())):
+                return f"it takes CUDA tensors, not {t.device.type} (TRITON_INTERPRET=1 runs it on the CPU, very slowly)"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed; `pip install triton` brings it"
+        device = next(t.device for t in args if isinstance(t, Tensor))
+        if device.type == "cuda" and capability(device) < MIN_CAPABILITY:
+            return "it needs a GPU of compute capability 8.0 or newer, not {}.{}".format(*capability(device))
+        reason: str | None = module().refuse(*args)
+        return reason
+
+    def serve(*args: Any) -> Any:
+        return getattr(module(), run)(*args)
+
+    return Backend("triton", serve, refuse)
+
+
+@functools.cache
+def _mend_interpreter() -> None:
+    """The interpreter of Triton 3.6 to 3.9 truncates fp32 to bf16, where every GPU rounds to the nearest."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            data = torch.from_numpy(src.data.copy()).to(torch.bfloat16).view(torch.uint16).numpy()
+            return interpreter.TensorHandle(data, dst_type.scalar)
+        return cast(self, src, dst_type)
+
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are launched on the current device, which has to be the tensor's."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
+def power_of_two(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a tensor (..., K) as up to three strided dims: row r starts at
+    ``r // (n1 n2) * s0 + r // n2 % n1 * s1 + r % n2 * s2``. One dim is ``n1 = n2 = 1``, which costs a kernel nothing."""
+
+    count: int
+    n1: int
+    n2: int
+    s0: int
+    s1: int
+    s2: int
+
+    @property
+    def args(self) -> tuple[int, int, int, int, int]:
+        return self.n1, self.n2, self.s0, self.s1, self.s2
+
+
+def rows(x: Tensor) -> Rows | None:
+    """How the rows of x lie, neighbouring dims merged where their strides allow it; None if more than three are left."""
+    dims: list[tuple[int, int]] = []
+    for n, s in zip(x.shape[:-1], x.stride()[:-1]):
+        if n == 1:
+            continue
+        if dims and dims[-1][1] == n * s:
+            dims[-1] = (dims[-1][0] * n, s)
+        else:
+            dims.append((n, s))
+    if len(dims) > 3:
+        return None
+    (_, s0), (n1, s1), (n2, s2) = [(1, 0)] * (3 - len(dims)) + dims
+    count = 1
+    for n in x.shape[:-1]:
+        count *= n
+    # With one dim the last slot holds it: r // (1 n2) is 0 for every row.
+    return Rows(count, n1, n2, s0, s1, s2)
+
+
+@dataclass(frozen=True)
+class Build:
+    """One launch of one kernel, as it can be compiled with no GPU at hand.
+
+    Args:
+        kernel: the ``triton.jit`` function.
+        name: the launch in words, e.g. "K=2048 bf16 residual".
+        signature: argument -> Triton type, e.g. "*bf16"; arguments that are not named are constants.
+        constants: compile-time values.
+        num_warps, num_stages: of the launch.
+        matrix: whether its products must be matrix instructions.
+        aligned: integer arguments that are multiples of 16, as the launcher's own specialisation would find.
+    """
+
+    kernel: Any
+    name: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    matrix: bool = False
+    aligned: tuple[str, ...] = field(default=())
