@@ -19,7 +19,7 @@ from .. import backends as _backends
 from ..backends import Backend
 from ..errors import no_backend_error
 
-__all__ = ["OPS", "Op", "empty", "refuse_unless_cpu"]
+__all__ = ["OPS", "Op", "empty", "note_write", "refuse_unless_cpu"]
 
 _library = Library("fastllm", "DEF")
 OPS: dict[str, Op] = {}
@@ -168,6 +168,13 @@ class Op:
             chosen |= serves
             rows.append((backend.name, serves, why))
         return rows
+
+
+def note_write(*tensors: torch.Tensor) -> None:
+    """Autograd must notice if it had saved what a kernel has just overwritten."""
+    for t in tensors:
+        if not t.is_inference():
+            torch.autograd.graph.increment_version(t)
 
 
 def _refusal(name: str, why: str) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...backends import Backend
 from ...errors import value_error
-from .. import _check, _op
+from .. import _check, _op, _triton
 from . import native, reference
 
 # transformers' names and ours
@@ -75,6 +75,7 @@ _gated = _op.Op(
     fake=_fake,
     backends=(
         Backend("cpu", native.gated_activation, native.refuse),
+        _triton.backend(__package__, "gated_activation"),
         Backend("reference", _reference, _check.never_refuse),
     ),
     prepare=_prepare,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...backends import Backend
-from .. import _check, _op
+from .. import _check, _op, _triton
 from . import native, reference
 
 # ---------------------------------------------------------------- checks
@@ -189,6 +189,7 @@ _rotary = _op.Op(
     fake=_fake,
     backends=(
         Backend("cpu", native.apply_rotary, native.refuse),
+        _triton.backend(__package__, "apply_rotary"),
         Backend("reference", _reference, _check.never_refuse),
     ),
     prepare=_prepare,
@@ -201,6 +202,7 @@ _rotary_cache = _op.Op(
     fake=_fake_cache,
     backends=(
         Backend("cpu", native.apply_rotary_cache, native.refuse_cache),
+        _triton.backend(__package__, "apply_rotary_cache"),
         Backend("reference", _reference_cache, _check.never_refuse),
     ),
     prepare=_prepare_cache,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, get_num_threads
 
 from ...backends import cpu_module
@@ -69,7 +68,5 @@ def apply_rotary_cache(
 ) -> Tensor:
     q_out = empty_like(q)
     _cpu.apply_rotary_cache(q, k, v, cos, sin, q_out, k_cache, v_cache, positions, slots, interleaved, get_num_threads())
-    for cache in (k_cache, v_cache):
-        if not cache.is_inference():  # autograd must notice if it had saved what was just overwritten
-            torch.autograd.graph.increment_version(cache)
+    _op.note_write(k_cache, v_cache)
     return q_out
