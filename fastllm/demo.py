@@ -307,6 +307,8 @@ def main(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    from .measure.report import write_json
+
     console = Console()
     results: dict[str, Any] = {key: {} for key in COLUMNS}
     console.print(f"Model: {path}", soft_wrap=True)
@@ -333,9 +335,7 @@ def main(args: argparse.Namespace) -> int:
     results["machine"] = _machine()
     _print_table(results, console)
     if args.json:
-        beside = Path(args.json + ".partial")
-        beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        beside.replace(args.json)
+        write_json(args.json, results)
     return 0
 
 

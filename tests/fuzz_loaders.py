@@ -9,6 +9,7 @@ begun; the case number reproduces it: ``python tests/fuzz_loaders.py --worker --
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -103,7 +104,9 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
         if kind == 0:
             del parent[key]
         elif kind == 1 and isinstance(parent, dict):
-            parent[rng.choice(("type", "rope_scaling", "rope_parameters", "layer_types", "x"))] = rng.choice(VALUES)
+            parent[rng.choice(("type", "rope_scaling", "rope_parameters", "layer_types", "x"))] = copy.deepcopy(
+                rng.choice(VALUES)
+            )
         elif kind == 2 and isinstance(node, int) and not isinstance(node, bool):
             parent[key] = node + rng.choice((-1, 1, 7, 1 << 20))
         elif kind == 3:
@@ -112,7 +115,7 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
                 deep = [deep]
             parent[key] = deep
         else:
-            parent[key] = rng.choice(VALUES)
+            parent[key] = copy.deepcopy(rng.choice(VALUES))  # which a later step may change
     return json.dumps(tree).encode()
 
 

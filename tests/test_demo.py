@@ -8,11 +8,15 @@ import sys
 
 import pytest
 
+from fastllm.backends import cpu_module
+
 pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
 def demo(real_path, tmp_path_factory):
+    if cpu_module() is not None and cpu_module().active_isa() == "scalar":
+        pytest.skip("takes the scalar rung a quarter of an hour; test_models runs it on the same model")
     file = tmp_path_factory.mktemp("demo") / "demo.json"
     command = [sys.executable, "-m", "fastllm", "demo", "--model", str(real_path), "--rounds", "1", "--json", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
