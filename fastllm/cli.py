@@ -1,4 +1,4 @@
-"""The command ``fastllm``: demo, generate, verify, bench, limits, info.
+"""The command ``fastllm``: demo, generate, verify, bench, compile, limits, info.
 
 A user's mistake is one sentence on standard error and exit status 2; ``--traceback`` shows where it arose.
 """
@@ -291,6 +291,51 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+# ---------------------------------------------------------------- compile
+
+
+def _add_compile(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--op", type=_names, action="extend", metavar="OP", help="e.g. rms_norm,attention (default: all)")
+    add("--target", type=_names, action="extend", metavar="GPU", help="sm_80, sm_90, sm_100, sm_120, gfx942 (default: all)")
+    add("--all", action="store_true", help="show every launch, not one line for each op and target")
+    add("--json", nargs="?", const="-", metavar="FILE", help="write JSON here, or to standard output in place of the table")
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from .measure.compiled import TARGETS, builds, compile_one
+    from .measure.report import print_table, progress
+
+    targets = args.target or list(TARGETS)
+    wanted = list(builds(args.op))
+    done = []
+    with progress("compile", len(wanted) * len(targets)) as step:
+        for op, build in wanted:
+            for target in targets:
+                step(f"{op} {build.name} {target}")
+                done.append(compile_one(op, build, target))
+    if not _json(args.json, {"launches": [one.as_dict() for one in done]}):
+        columns = ("op", "launch", "target", "warps", "registers", "spilled", "shared", "matrix")
+        if args.all:
+            cells = [tuple(one.as_dict()[k] for k in _COMPILED) for one in done]
+        else:
+            cells = []
+            for op, target in dict.fromkeys((one.op, one.target) for one in done):
+                own = [one for one in done if (one.op, one.target) == (op, target)]
+                most = [max(getattr(one, k) for one in own) for k in _COMPILED[3:7]]
+                matrix = ", ".join(sorted({one.matrix for one in own if one.matrix}))
+                cells.append((op, f"{len(own)} launches, most", target, *most, matrix))
+        print_table("Launches compiled ahead of time; bytes, registers of a thread", columns, cells, left=3)
+        for one in done:
+            if not one.ok:
+                print(f"FAILED {one.op} {one.launch} {one.target}: {one.why}")
+        print(f"{sum(one.ok for one in done)} of {len(done)} launches as they should be")
+    return 0 if all(one.ok for one in done) else 1
+
+
+_COMPILED = ("op", "launch", "target", "warps", "registers", "spill_bytes", "shared_bytes", "matrix")
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -342,6 +387,12 @@ COMMANDS = {
             'fastllm bench --shape "llama-3.2-1b decode" --rivals torch --threads 1,2 --cold',
             "fastllm bench --json benchmarks/results/$(hostname).json",
         ),
+    ),
+    "compile": (
+        _add_compile,
+        _compile,
+        "compile the Triton kernels for GPUs that are not here: registers, spills, shared memory, matrix instructions",
+        ("fastllm compile --op rms_norm --target sm_90", "fastllm compile --all --json compiled.json"),
     ),
     "limits": (
         _add_limits,

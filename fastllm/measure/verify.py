@@ -63,7 +63,7 @@ SCALAR_FLOPS = 500_000_000
 
 
 # Triton's interpreter computes with numpy, one program after the other: some 10 MFLOP/s.
-INTERPRETED_FLOPS, INTERPRETED_BYTES = 20_000_000, 2_000_000
+INTERPRETED_FLOPS, INTERPRETED_BYTES = 5_000_000, 500_000
 
 
 def too_slow(case: Case, isa: str | None, backend: str = "cpu") -> str:

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from ..backends import Backend
 
-__all__ = ["Build", "Rows", "backend", "capability", "device_of", "interpreting", "power_of_two", "rows"]
+__all__ = ["COMPILER", "Build", "Rows", "backend", "capability", "device_of", "interpreting", "power_of_two", "rows"]
 
+# a b + c rounds once, as in the CPU kernels. Triton 3.10 will not do that unless it is asked to.
+COMPILER = {"enable_fp_fusion": True}
 MIN_CAPABILITY = (8, 0)
 ASSUMED_CAPABILITY = (9, 0)  # of a CUDA tensor where there is no GPU: a FakeTensor
 

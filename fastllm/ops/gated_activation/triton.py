@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _op
-from .._triton import Build, device_of, power_of_two, rows
+from .._triton import COMPILER, Build, device_of, power_of_two, rows
 from .._triton_kernels import row_start
 
 BLOCK_I = 1024  # 8 elements of 2 bytes, a vector load, for each of 128 threads
@@ -64,14 +64,14 @@ def gated_activation(gate: Tensor, up: Tensor | None, activation: str) -> Tensor
     if y.numel():
         with device_of(gate):
             _gated_activation_fwd_kernel[(g.count, triton.cdiv(columns, launch["BLOCK"]))](
-                gate, up, y, columns, *g.args, *u.args, GELU_TANH=activation == "gelu_tanh", **launch
+                gate, up, y, columns, *g.args, *u.args, GELU_TANH=activation == "gelu_tanh", **launch, **COMPILER
             )
     return y
 
 
 def builds() -> Iterator[Build]:
     strides = {f"{t}_{name}": "i32" for t in "gu" for name in ("n1", "n2", "s0", "s1", "s2")}
-    for dtype in ("bf16", "fp16", "fp32"):
+    for dtype in ("bf16", "fp32"):
         for gelu in (False, True):
             launch = _launch(8192)
             num_warps = launch.pop("num_warps")

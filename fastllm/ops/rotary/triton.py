@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _op
-from .._triton import Build, device_of, power_of_two
+from .._triton import COMPILER, Build, device_of, power_of_two
 
 BLOCK_H = 8
 
@@ -174,7 +174,7 @@ def _run(
             *q_out.stride()[:3], *k_out.stride()[:3], *other_out.stride()[:3],
             *_strides(cos, B), *_strides(sin, B),
             *((0, 0) if positions is None else _strides(positions, B)), *((0, 0) if slots is None else _strides(slots, B)),
-            TABLE=table, CACHE=cache, INTERLEAVED=interleaved, **launch,
+            TABLE=table, CACHE=cache, INTERLEAVED=interleaved, **launch, **COMPILER,
         )  # fmt: skip
 
 
@@ -210,8 +210,8 @@ def builds() -> Iterator[Build]:
         f"{t}_{s}" for t in ("position", "slot") for s in ("sb", "st")
     ]
     integers = dict.fromkeys(["T", "H", "Hk", "D", "R", "positions", "slots", *names], "i32")
-    for dtype in ("bf16", "fp16", "fp32"):
-        for D, R in ((64, 64), (128, 128), (96, 96), (256, 64)):
+    for dtype in ("bf16", "fp32"):
+        for D, R in ((64, 64), (128, 128), (256, 64)):
             for cache in (False, True):
                 launch = _launch(D, R)
                 num_warps = launch.pop("num_warps")

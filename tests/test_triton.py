@@ -1,0 +1,111 @@
+"""The Triton kernels: every op's cases in Triton's interpreter (or on a GPU), wrong kernels, and kernels compiled for GPUs.
+
+TRITON_INTERPRET=1 pytest tests/test_triton.py     # what `make test` runs where there is no GPU
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastllm
+from fastllm.measure.poison import poisoned as poisoned_outputs
+from fastllm.measure.verify import all_cases, case_inputs, device_of, forced, refusal, run_case, to_device, too_slow
+from fastllm.ops._triton import interpreting
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not (interpreting() or torch.cuda.is_available()), reason="TRITON_INTERPRET=1 pytest tests/test_triton.py runs it"
+)
+
+OPS = Path(fastllm.__file__).parent / "ops"
+CASES = [
+    pytest.param(spec, case, id=f"{spec.op}-{case.name}-{case.dtype}")
+    for spec in all_cases().values()
+    for case in spec.cases
+    if not too_slow(case, None, "triton")
+]
+
+
+@pytest.mark.parametrize(("spec", "case"), CASES)
+def test_triton_kernel_is_within_the_rule(spec, case, poisoned):
+    why = refusal(spec, to_device(case_inputs(spec, case), device_of("triton")), "triton")
+    if why is not None:
+        pytest.skip(why)
+    with forced("triton"):
+        verdict = run_case(spec, case, device=device_of("triton"))
+    assert verdict.ok, verdict.why
+    poisoned.check()
+
+
+# op's folder -> (what is wrong, the kernel's line, the wrong line)
+WRONG = [
+    ("rms_norm", "no eps", "/ K + eps", "/ K"),
+    ("rms_norm", "the residual is not added", "(h.to(tl.float32) + tl.load(r_ptr", "(0.0 * tl.load(r_ptr"),
+    ("rms_norm", "the last element of a row is left out", "mask = inside & (k < K)", "mask = inside & (k < K - 1)"),
+    ("gated_activation", "silu for gelu", "if GELU_TANH else x", "if False else x"),
+    ("gated_activation", "up is not multiplied", "* u.to(tl.float32)", "+ 0.0 * u.to(tl.float32)"),
+    ("rotary", "sine's sign", "a * cos_a - b * sin_a", "a * cos_a + b * sin_a"),
+    ("rotary", "halves for neighbours", "lane_b = 2 * pair + 1 if", "lane_b = 2 * pair + 2 if"),
+    ("rotary", "the rest of the lanes is not copied", "if BLOCK_REST > 0:", "if BLOCK_REST < 0:"),
+    ("rotary", "the cache's slot is off by one", "slot = tl.load(slot_ptr", "slot = 1 + tl.load(slot_ptr"),
+]
+
+
+def mutant(folder, old, new, path):
+    """The op's triton.py with one line changed, imported from a file of its own, which the interpreter reads."""
+    source = (OPS / folder / "triton.py").read_text(encoding="utf-8")
+    assert source.count(old) >= 1, f"{folder}/triton.py no longer says {old!r}"
+    file = path / "wrong.py"
+    file.write_text(source.replace(old, new), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"fastllm.ops.{folder}.triton", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("folder", "what", "old", "new"), WRONG, ids=[f"{w[0]}-{w[1]}" for w in WRONG])
+def test_a_wrong_kernel_fails(folder, what, old, new, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, f"fastllm.ops.{folder}.triton", mutant(folder, old, new, tmp_path))
+    for spec, case in (p.values for p in CASES):
+        if importlib.import_module(spec.call.__module__).__package__ != f"fastllm.ops.{folder}":
+            continue
+        with forced("triton"), poisoned_outputs() as memory:
+            verdict = run_case(spec, case, device=device_of("triton"))
+            if not verdict.ok or memory.overrun():
+                return
+    pytest.fail(f"no case of {folder} notices: {what}")
+
+
+def test_without_the_interpreter_the_reason_is_given(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("CUDA tensors are served here")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    x = torch.ones(2, 8)
+    with fastllm.use_backend("triton"), pytest.raises(NotImplementedError, match="it takes CUDA tensors, not cpu"):
+        fastllm.rms_norm(x, None)
+
+
+def test_a_cuda_tensor_described_by_its_shape_is_explained():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(4, 4096, device="cuda", dtype=torch.bfloat16)
+        found = fastllm.explain("rms_norm", x, torch.empty(4096, device="cuda", dtype=torch.bfloat16))
+    assert found.backend == "triton"
+    assert "it takes CPU tensors, not cuda" in str(found)
+
+
+def test_kernels_compile_for_gpus_that_are_not_here():
+    """One target of each kind; `make compile` does all launches for all targets."""
+    command = [sys.executable, "-m", "fastllm", "compile", "--op", "gated_activation", "--target", "sm_90,gfx942"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=OPS.parents[1])
+    assert done.returncode == 0, done.stdout + done.stderr
