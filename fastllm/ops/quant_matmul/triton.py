@@ -3,7 +3,7 @@
 Cost: N K bits / 8 bytes of weights and their scales, M K elements read and M N written; 2 M N K operations, and about 4
 instructions a weight to widen it, once for each tile of BLOCK_M rows. Few rows are bound by the weights' bytes: on an H200,
 whose memory reads at about 4.3 TB/s, 1 x 16384 x 2048 in int4 g32 (21 MB) takes 5 us at best. Many rows are bound by the
-matrix units: 512 x 16384 x 2048 is 34 TFLOP/s ms, 43 us at the 790 TFLOP/s that bf16 reaches there.
+matrix units: 512 x 16384 x 2048 is 34 GFLOP, 43 us at the 790 TFLOP/s that bf16 reaches there.
 
 The weight is the left operand, so that a tile is (BLOCK_N, columns) @ (columns, BLOCK_M): matrix instructions take their left
 operand from registers, where the widened weight lies, and their narrow side is the one that few rows fill. A dword of the
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _op
-from .._triton import Build, device_of, power_of_two, rows
+from .._triton import Build, capability, device_of, power_of_two, rows
 from .._triton_kernels import quantized_base, quantized_column, row_start
 from .reference import TINY, activation_group
 
@@ -246,7 +246,12 @@ def _matvec_launch(lines: int) -> dict[str, Any]:
     return {"BLOCK_N": 16, "BLOCK_I": block_i, "num_warps": block_i // 32}
 
 
-def _launch(M: int, dtype: torch.dtype, bits: int) -> dict[str, Any]:
+def _roomy(device: torch.device) -> bool:
+    """Whether a program may have 160 KB of shared memory: NVIDIA's data centre GPUs; the others have 100, AMD's 64."""
+    return torch.version.hip is None and (capability(device)[0] in (9, 10) or capability(device) in ((8, 0), (8, 7)))
+
+
+def _launch(M: int, dtype: torch.dtype, bits: int, roomy: bool) -> dict[str, Any]:
     """Tiles of 128 columns of K. fp32 has no exact matrix instruction, so that its tiles must fit a thread's registers twice."""
     block_i = 128 * bits // 32
     if M <= FEW:
@@ -255,15 +260,16 @@ def _launch(M: int, dtype: torch.dtype, bits: int) -> dict[str, Any]:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_I": 16, "num_warps": 8, "num_stages": 2}
     if M <= 64:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_I": block_i, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_I": block_i, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_M": 128 if roomy else 64, "BLOCK_N": 128, "BLOCK_I": block_i, "num_warps": 8, "num_stages": 3}
 
 
 def _int8_launch(M: int, group: int) -> dict[str, Any]:
+    """Two sums an element are held, a group's and the whole: 128 x 128 of them would leave too few registers for scales."""
     if M <= FEW:
         return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": group, "num_warps": 4, "num_stages": 4}
     if M <= 64:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": group, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": group, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": group, "num_warps": 8, "num_stages": 3}
 
 
 def _splits(tiles: int, steps: int) -> tuple[int, int]:
@@ -330,7 +336,7 @@ def _float(
     at, columns = rows(x), 32 // bits
     assert at is not None  # refuse() has looked
     M, lines, dwords = at.count, data.shape[1], data.view(torch.int32)
-    form = {
+    form: dict[str, Any] = {
         "BITS": bits, "GROUP_LINES": 0 if scale.shape[1] == 1 else group_size // columns,
         "HAS_MINIMUM": minimum is not None,
     }  # fmt: skip
@@ -341,7 +347,7 @@ def _float(
             HAS_BIAS=bias is not None, **form, **launch,
         )  # fmt: skip
         return
-    launch = _launch(M, x.dtype, bits)
+    launch = _launch(M, x.dtype, bits, _roomy(x.device))
     tiles = triton.cdiv(M, launch["BLOCK_M"]), triton.cdiv(N, launch["BLOCK_N"])
     splits, each = _splits(tiles[0] * tiles[1], triton.cdiv(lines, launch["BLOCK_I"]))
     # Column c's activations lie COLUMNS elements apart: many rows are read often enough to be put side by side first.
@@ -353,7 +359,8 @@ def _float(
         )
         x = side_by_side
     out = y if splits == 1 else _op.empty((splits, M, N), dtype=torch.float32, device=x.device)
-    _quant_matmul_fwd_kernel[(*tiles, splits)](
+    grid = (*tiles, splits)
+    _quant_matmul_fwd_kernel[grid](
         x, dwords, scale, minimum, bias, out, M, N, K, lines, scale.shape[1], float(zero), each * launch["BLOCK_I"], *at.args,
         ARRANGED=arranged, HAS_BIAS=bias is not None and splits == 1, **form, **launch,
     )  # fmt: skip
@@ -385,7 +392,8 @@ def _int8(
     tiles = triton.cdiv(M, launch["BLOCK_M"]), triton.cdiv(N, launch["BLOCK_N"])
     splits, each = _splits(tiles[0] * tiles[1], steps)
     out = y if splits == 1 else _op.empty((splits, M, N), dtype=torch.float32, device=x.device)
-    _quant_matmul_int8_fwd_kernel[(*tiles, splits)](
+    grid = (*tiles, splits)
+    _quant_matmul_int8_fwd_kernel[grid](
         q, x_scale[0], x_scale[1], data, scale, minimum, bias, out,
         M, N, data.shape[1], scale.shape[1], steps, float(zero), each,
         BITS=bits, GROUP_STEPS=0 if scale.shape[1] == 1 else group_size // group,
@@ -419,7 +427,7 @@ def _float_builds(dtype: str, M: int, bits: int, group: int, minimum: bool) -> I
     pointers = {"x_ptr": f"*{dtype}", "w_ptr": "*i32", "scale_ptr": "*fp16", "y_ptr": f"*{dtype}"}
     pointers |= {"minimum_ptr": "*fp16"} if minimum else {}
     numbers = {"N": "i32", "K": "i32", "LINES": "i32", "GROUPS": "i32", "zero": "fp32"}
-    form = {"BITS": bits, "GROUP_LINES": max(group, 0) // columns, "HAS_MINIMUM": minimum, "HAS_BIAS": False}
+    form: dict[str, Any] = {"BITS": bits, "GROUP_LINES": max(group, 0) // columns, "HAS_MINIMUM": minimum, "HAS_BIAS": False}
     form |= {"bias_ptr": None} | ({} if minimum else {"minimum_ptr": None})
     words = f"M={M} {dtype} int{bits} " + (f"g{group}" if group > 0 else "rows") + (" minimum" if minimum else "")
     if M == 1:
@@ -429,14 +437,14 @@ def _float_builds(dtype: str, M: int, bits: int, group: int, minimum: bool) -> I
             constants, name = {**form, **launch}, f"LINES={lines} {words}"
             yield Build(_matvec_fwd_kernel, name, {**pointers, **numbers}, constants, num_warps=num_warps, aligned=_ALIGNED)
         return
-    launch = _launch(M, names[dtype], bits)
-    num_warps, num_stages = launch.pop("num_warps"), launch.pop("num_stages")
-    for partial in (False, True) if M <= 64 else (False,):
+    for partial, roomy in ((False, True), (True, True)) if M <= 64 else ((False, True), (False, False)):
+        launch = _launch(M, names[dtype], bits, roomy)
+        num_warps, num_stages = launch.pop("num_warps"), launch.pop("num_stages")
         signature = {**pointers, "M": "i32", **numbers, "split_lines": "i32", **_ROWS}
         signature |= {"y_ptr": "*fp32"} if partial else {}
         yield Build(
             _quant_matmul_fwd_kernel,
-            words + (" split" if partial else ""),
+            words + (" split" if partial else "") + ("" if roomy else ", little shared memory"),
             signature,
             {**form, **launch, "ARRANGED": M > FEW},
             num_warps=num_warps,
@@ -452,8 +460,10 @@ def _int8_builds(M: int, bits: int, group: int, minimum: bool) -> Iterator[Build
     num_warps, num_stages = launch.pop("num_warps"), launch.pop("num_stages")
     pointers = {"q_ptr": "*i8", "x_scale_ptr": "*fp32", "x_sum_ptr": "*fp32", "w_ptr": "*u8", "scale_ptr": "*fp16"}
     pointers |= {"minimum_ptr": "*fp16"} if minimum else {}
-    numbers = dict.fromkeys(("N", "LINES", "GROUPS", "STEPS", "split_steps"), "i32") | ({"M": "i32"} if M > 1 else {})
-    form = {"BITS": bits, "GROUP_STEPS": max(group, 0) // step, "HAS_MINIMUM": minimum, "HAS_OFFSET": minimum}
+    numbers: dict[str, str] = dict.fromkeys(("N", "LINES", "GROUPS", "STEPS", "split_steps"), "i32") | (
+        {"M": "i32"} if M > 1 else {}
+    )
+    form: dict[str, Any] = {"BITS": bits, "GROUP_STEPS": max(group, 0) // step, "HAS_MINIMUM": minimum, "HAS_OFFSET": minimum}
     form |= {"HAS_BIAS": False, "bias_ptr": None} | ({} if minimum else {"minimum_ptr": None})
     form |= {} if M > 1 else {"M": 1}  # the launcher makes an argument of 1 a constant
     words = f"M={M} int{bits} " + (f"g{group}" if group > 0 else "rows") + (" minimum" if minimum else "")
@@ -482,5 +492,5 @@ def _other_builds(dtype: str) -> Iterator[Build]:
         yield Build(_quantize_fwd_kernel, f"group {group} {dtype}", signature, constants, aligned=("K", "x_s2"))
     for splits in range(2, 9):
         signature = {"part_ptr": "*fp32", "y_ptr": f"*{dtype}", "N": "i32", "size": "i32"}
-        constants = {"SPLITS": splits, "BLOCK": SUM_BLOCK, "HAS_BIAS": False, "bias_ptr": None}
-        yield Build(_add_splits_fwd_kernel, f"{splits} splits {dtype}", signature, constants, aligned=("N", "size"))
+        sums = {"SPLITS": splits, "BLOCK": SUM_BLOCK, "HAS_BIAS": False, "bias_ptr": None}
+        yield Build(_add_splits_fwd_kernel, f"{splits} splits {dtype}", signature, sums, aligned=("N", "size"))
