@@ -11,3 +11,28 @@ def row_start(row, n1, n2, s0, s1, s2):
     """Where row r of ``_triton.Rows`` starts, in elements."""
     row = row.to(tl.int64)  # a tensor may have more than 2^31 elements
     return row // n2 // n1 * s0 + row // n2 % n1 * s1 + row % n2 * s2
+
+
+@triton.jit
+def quantized_base(n, N, LINES):
+    """Where row n of a ``QuantizedTensor`` in layout "x16" starts: blocks of 16 rows hold LINES lines of one element a row
+    (dwords of the data, groups of the scale). Rows past the last block are read as rows of it: no mask, and no harm."""
+    block = tl.minimum(n // 16, (N - 1) // 16)
+    return block.to(tl.int64) * LINES * 16 + n % 16
+
+
+@triton.jit
+def quantized_column(dwords, zero, c: tl.constexpr, BITS: tl.constexpr):
+    """q - zero of column c of each dword of the "x16" layout, in fp32 and exact.
+
+    The integer is put into the mantissa of 2^23 where it lies, if that is below bit 16, so that one instruction masks it, one
+    scales it and subtracts; a conversion would run at half their rate, and a shift would come before it.
+    """
+    SHIFT: tl.constexpr = 8 * (c % 4) + 4 * (c // 4)
+    LOW: tl.constexpr = SHIFT % 16
+    if SHIFT >= 16:
+        dwords = dwords >> 16
+    q = (dwords & (((1 << BITS) - 1) << LOW)) | 0x4B000000
+    step = tl.full(dwords.shape, 1.0 / (1 << LOW), tl.float32)
+    start = tl.full(dwords.shape, 8388608.0 / (1 << LOW), tl.float32) + zero
+    return tl.fma(q.to(tl.float32, bitcast=True), step, -start)

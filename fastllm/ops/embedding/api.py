@@ -10,7 +10,7 @@ from torch import Tensor
 from ...backends import Backend
 from ...errors import dtype_error, shape_error, type_error
 from ...quant.tensor import QuantizedTensor
-from .. import _check, _op
+from .. import _check, _op, _triton
 from . import native, reference
 
 
@@ -60,6 +60,7 @@ _quantised = _op.Op(
     fake=_fake,
     backends=(
         Backend("cpu", native.embedding, native.refuse),
+        _triton.backend(__package__, "embedding"),
         Backend("reference", _reference, _check.never_refuse),
     ),
     prepare=_prepare,
@@ -74,14 +75,15 @@ def embedding(ids: Tensor, w: QuantizedTensor | Tensor, *, dtype: torch.dtype = 
 
     Args:
         ids: any shape, int64 or int32, from 0 to N - 1.
-        w: (N, K), quantised (the CPU kernel reads layout "x16"), or an ordinary tensor, which PyTorch's own embedding serves.
+        w: (N, K), quantised (kernels read layout "x16"), or an ordinary tensor, which PyTorch's own embedding serves.
         dtype: of the result: fp32|bf16|fp16.
 
     Returns:
         (..., K) of ``dtype``.
 
     Raises:
-        TypeError: ids that are no integers, another dtype. ValueError: an id outside of the table, before anything is written.
+        TypeError: ids that are no integers, another dtype. ValueError: an id outside of the table, before anything is written;
+        on a GPU, where asking would wait for it, and in Triton's interpreter, which does what the GPU does, such a row is NaN.
 
     Numerics: integer times scale plus minimum in fp32, rounded once to ``dtype``. No gradient to a quantised table.
     Cost: K bits / 8 bytes of weights read and K values written for each id.
@@ -91,6 +93,10 @@ def embedding(ids: Tensor, w: QuantizedTensor | Tensor, *, dtype: torch.dtype = 
         _check_ids(ids, dtype)
         if w.dim() != 2:
             raise shape_error("embedding", "w", w.shape, "(N, K)")
+        if ids.is_cuda:  # reading an id would wait for the GPU, and PyTorch's own check ends the process
+            known = ((ids >= 0) & (ids < w.shape[0])).unsqueeze(-1)
+            y = torch.nn.functional.embedding(ids.clamp(0, w.shape[0] - 1), w).to(dtype)
+            return y.masked_fill(~known, float("nan"))
         if torch.compiler.is_compiling():  # the range check reads values, which a graph has not got
             return torch.nn.functional.embedding(ids, w).to(dtype)
         return reference.embedding(ids, w, dtype=dtype)

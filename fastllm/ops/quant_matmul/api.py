@@ -10,7 +10,7 @@ from torch import Tensor
 from ...backends import Backend
 from ...errors import type_error, value_error
 from ...quant.tensor import QuantizedTensor
-from .. import _check, _op
+from .. import _check, _op, _triton
 from . import native, reference
 
 
@@ -29,7 +29,7 @@ def _prepare(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activ
             raise _check.shape_error("quant_matmul", "bias", bias.shape, f"({n},)", f"to match w {w.shape}")
     if activations not in ("float", "int8"):
         raise value_error("quant_matmul", "activations", activations, "'float' or 'int8'")
-    if w.layout != "x16" and x.is_cpu and not torch.compiler.is_compiling():
+    if w.layout != "x16" and not torch.compiler.is_compiling():
         w = _packed(w)
     return (
         x,
@@ -48,7 +48,7 @@ def _prepare(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activ
 
 
 def _packed(w: QuantizedTensor) -> QuantizedTensor:
-    """The weight in the layout that CPU kernels read, made once and kept with the weight."""
+    """The weight in the layout that kernels read, made once and kept with the weight."""
     packed = w.__dict__.get("_packed")
     if packed is None:
         packed = w.pack()
@@ -116,6 +116,7 @@ _op_quant_matmul = _op.Op(
     fake=_fake,
     backends=(
         Backend("cpu", native.quant_matmul, native.refuse),
+        _triton.backend(__package__, "quant_matmul"),
         Backend("reference", _reference, _check.never_refuse),
     ),
     prepare=_prepare,

@@ -1,0 +1,496 @@
+"""quant_matmul in Triton: weights are read as stored, 4 or 8 bits each, and widened in registers.
+
+Cost: N K bits / 8 bytes of weights and their scales, M K elements read and M N written; 2 M N K operations, and about 4
+instructions a weight to widen it, once for each tile of BLOCK_M rows. Few rows are bound by the weights' bytes: on an H200,
+whose memory reads at about 4.3 TB/s, 1 x 16384 x 2048 in int4 g32 (21 MB) takes 5 us at best. Many rows are bound by the
+matrix units: 512 x 16384 x 2048 is 34 GFLOP, 43 us at the 790 TFLOP/s that bf16 reaches there.
+
+The weight is the left operand, so that a tile is (BLOCK_N, columns) @ (columns, BLOCK_M): matrix instructions take their left
+operand from registers, where the widened weight lies, and their narrow side is the one that few rows fill. A dword of the
+"x16" layout holds 8 columns of a row (4 with 8 bits). Column c of BLOCK_I dwords is an operand of its own, multiplied by the
+activations' columns 8 i + c: nothing is moved between threads to unpack. One row (M = 1) needs no matrix unit; sums of products
+per thread spare the operand's rounding and its way through shared memory. With few tiles, K is split; partial sums are
+added in a fixed order by a second kernel, so the same arguments give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _op
+from .._triton import Build, capability, device_of, power_of_two, rows
+from .._triton_kernels import quantized_base, quantized_column, row_start
+from .reference import TINY, activation_group
+
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: beside it an fp32 has no fraction left, so adding it rounds half to even
+SMALLEST = tl.constexpr(TINY)
+FEW = 16  # rows up to which a tile has 16 of them
+PROGRAMS = 256  # two a multiprocessor, on GPUs of about 130: below this K is split
+SUM_BLOCK = 1024
+
+# ---------------------------------------------------------------- float activations
+
+
+@triton.jit
+def _scales(scale_row, minimum_row, i, inside, GROUP_LINES: tl.constexpr, HAS_MINIMUM: tl.constexpr):
+    """fp32 scale and minimum of lines i, (BLOCK_N, BLOCK_I), or (BLOCK_N, 1) where a row is one group."""
+    if GROUP_LINES == 0:
+        scale = tl.load(scale_row).to(tl.float32)
+        minimum = tl.load(minimum_row).to(tl.float32) if HAS_MINIMUM else scale
+    else:
+        at = (i // GROUP_LINES * 16)[None, :]
+        scale = tl.load(scale_row + at, mask=inside[None, :], other=0.0).to(tl.float32)
+        minimum = tl.load(minimum_row + at, mask=inside[None, :], other=0.0).to(tl.float32) if HAS_MINIMUM else scale
+    return scale, minimum
+
+
+@triton.jit
+def _weight(dwords, scale, minimum, zero, c: tl.constexpr, BITS: tl.constexpr, HAS_MINIMUM: tl.constexpr):
+    """w = (q - zero) * scale + minimum of column c of each dword, in fp32."""
+    q = quantized_column(dwords, zero, c, BITS)
+    return tl.fma(q, scale, minimum) if HAS_MINIMUM else q * scale
+
+
+@triton.jit
+def _store(acc, bias_ptr, y_ptr, m, n, M, N, HAS_BIAS: tl.constexpr):
+    """The tile (BLOCK_N, BLOCK_M) of sums as rows of y, or of one split's partial sums."""
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    y = tl.trans(acc).to(y_ptr.dtype.element_ty)
+    at = tl.program_id(2).to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(y_ptr + at, y, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _arrange_fwd_kernel(
+    x_ptr, out_ptr, M, K, LINES, x_n1, x_n2, x_s0, x_s1, x_s2,
+    BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """x (M, K) -> (COLUMNS, M, LINES): the operand of column c lies in one piece, columns past K are 0."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    x_at = row_start(m, x_n1, x_n2, x_s0, x_s1, x_s2)[:, None]
+    out = m.to(tl.int64)[:, None] * LINES + i[None, :]
+    mask = (m < M)[:, None] & (i < LINES)[None, :]
+    for c in tl.static_range(COLUMNS):
+        k = i * COLUMNS + c
+        x = tl.load(x_ptr + x_at + k[None, :], mask=mask & (k < K)[None, :], other=0.0)
+        tl.store(out_ptr + out, x, mask=mask)
+        out_ptr += tl.cast(LINES, tl.int64) * M
+
+
+@triton.jit
+def _matvec_fwd_kernel(
+    x_ptr, w_ptr, scale_ptr, minimum_ptr, bias_ptr, y_ptr,
+    N, K, LINES, GROUPS, zero,
+    BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BITS: tl.constexpr, GROUP_LINES: tl.constexpr,
+    HAS_MINIMUM: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """One row: each thread sums products of its own dwords, in fp32; the threads' sums are added at the end."""
+    COLUMNS: tl.constexpr = 32 // BITS
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    w_row = w_ptr + quantized_base(n, N, LINES)[:, None]
+    scale_row = scale_ptr + quantized_base(n, N, GROUPS)[:, None]
+    minimum_row = minimum_ptr + quantized_base(n, N, GROUPS)[:, None] if HAS_MINIMUM else scale_row
+    acc = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
+    for start in range(0, LINES, BLOCK_I):
+        i = start + tl.arange(0, BLOCK_I)
+        inside = i < LINES
+        dwords = tl.load(w_row + (i * 16)[None, :], mask=inside[None, :], other=0)
+        scale, minimum = _scales(scale_row, minimum_row, i, inside, GROUP_LINES, HAS_MINIMUM)
+        for c in tl.static_range(COLUMNS):
+            k = i * COLUMNS + c
+            x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+            acc = tl.fma(_weight(dwords, scale, minimum, zero, c, BITS, HAS_MINIMUM), x[None, :], acc)
+    y = tl.sum(acc, 1)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _quant_matmul_fwd_kernel(
+    x_ptr, w_ptr, scale_ptr, minimum_ptr, bias_ptr, y_ptr,
+    M, N, K, LINES, GROUPS, zero, split_lines,
+    x_n1, x_n2, x_s0, x_s1, x_s2,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BITS: tl.constexpr, GROUP_LINES: tl.constexpr,
+    ARRANGED: tl.constexpr, HAS_MINIMUM: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    COLUMNS: tl.constexpr = 32 // BITS
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if ARRANGED:
+        x_row = x_ptr + (m.to(tl.int64) * LINES)[None, :]
+    else:
+        x_row = x_ptr + row_start(m, x_n1, x_n2, x_s0, x_s1, x_s2)[None, :]
+    w_row = w_ptr + quantized_base(n, N, LINES)[:, None]
+    scale_row = scale_ptr + quantized_base(n, N, GROUPS)[:, None]
+    minimum_row = minimum_ptr + quantized_base(n, N, GROUPS)[:, None] if HAS_MINIMUM else scale_row
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    first = tl.program_id(2) * split_lines
+    for start in range(first, min(first + split_lines, LINES), BLOCK_I):
+        i = start + tl.arange(0, BLOCK_I)
+        inside = i < LINES
+        dwords = tl.load(w_row + (i * 16)[None, :], mask=inside[None, :], other=0)
+        scale, minimum = _scales(scale_row, minimum_row, i, inside, GROUP_LINES, HAS_MINIMUM)
+        # fp32 has nothing to spare: sums of 128 columns, then their sum, lose less than one long sum.
+        part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) if x_ptr.dtype.element_ty == tl.float32 else acc
+        for c in tl.static_range(COLUMNS):
+            if ARRANGED:
+                at = c * tl.cast(LINES, tl.int64) * M  # the cast of an argument that is 1, and so constant, needs a function
+                x = tl.load(x_row + at + i[:, None], mask=inside[:, None] & (m < M)[None, :], other=0.0)
+            else:
+                k = i * COLUMNS + c
+                x = tl.load(x_row + k[:, None], mask=(k < K)[:, None] & (m < M)[None, :], other=0.0)
+            w = _weight(dwords, scale, minimum, zero, c, BITS, HAS_MINIMUM).to(x.dtype)
+            part = tl.dot(w, x, part, input_precision="ieee")
+        acc = acc + part if x_ptr.dtype.element_ty == tl.float32 else part
+    _store(acc, bias_ptr, y_ptr, m, n, M, N, HAS_BIAS)
+
+
+@triton.jit
+def _add_splits_fwd_kernel(
+    part_ptr, bias_ptr, y_ptr, N, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.zeros([BLOCK], tl.float32)
+    for split in tl.static_range(SPLITS):
+        y += tl.load(part_ptr + tl.cast(size, tl.int64) * split + at, mask=at < size, other=0.0)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + at % N, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < size)
+
+
+# ---------------------------------------------------------------- int8 activations
+
+
+@triton.jit
+def _quantize_fwd_kernel(
+    x_ptr, q_ptr, scale_ptr, sum_ptr, M, K, STEPS, x_n1, x_n2, x_s0, x_s1, x_s2,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Integers (M, STEPS * BLOCK_K), and for each group of BLOCK_K columns its scale and scale * sum(q), (STEPS, M)."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    step = tl.program_id(1)
+    k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+    x_at = row_start(m, x_n1, x_n2, x_s0, x_s1, x_s2)[:, None]
+    x = tl.load(x_ptr + x_at + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+    size = tl.abs(x)
+    # Asked of each element: a GPU's maximum drops NaN.
+    finite = tl.min((size < float("inf")).to(tl.int32), 1) != 0
+    amax = tl.where(finite, tl.max(size, 1), 1.0)
+    usable = finite & (amax >= SMALLEST)
+    steps = tl.full([BLOCK_M], 127.0, tl.float32)
+    inverse = tl.div_rn(steps, tl.where(usable, amax, 1.0))
+    # fma rather than *: a compiler that fuses the product with the sum that rounds it would round once, not twice.
+    q = tl.fma(tl.where(usable[:, None], x, 0.0), inverse[:, None], tl.zeros([BLOCK_M, BLOCK_K], tl.float32))
+    q = (q + ROUND) - ROUND
+    scale = tl.where(usable, tl.div_rn(amax, steps), tl.where(finite, 0.0, float("nan")))
+    row = m.to(tl.int64)
+    tl.store(q_ptr + (row * STEPS * BLOCK_K)[:, None] + k[None, :], q.to(tl.int8), mask=(m < M)[:, None])
+    tl.store(scale_ptr + step.to(tl.int64) * M + row, scale, mask=m < M)
+    tl.store(sum_ptr + step.to(tl.int64) * M + row, scale * tl.sum(q, 1), mask=m < M)
+
+
+@triton.jit
+def _quant_matmul_int8_fwd_kernel(
+    q_ptr, x_scale_ptr, x_sum_ptr, w_ptr, scale_ptr, minimum_ptr, bias_ptr, y_ptr,
+    M, N, LINES, GROUPS, STEPS, zero, split_steps,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP_STEPS: tl.constexpr,
+    HAS_MINIMUM: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """With u = q - center, an int8, and offset = minimum + (center - zero) * scale, w = u * scale + offset. A step is one group of
+    activations xq * sx:  y += sum(u xq) * (scale * sx) + offset * (sx * sum(xq)), the first sum exact in int32."""
+    COLUMNS: tl.constexpr = 32 // BITS
+    CENTER: tl.constexpr = 1 << (BITS - 1)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_row = q_ptr + (m.to(tl.int64) * STEPS * BLOCK_K)[None, :]
+    w_row = w_ptr + quantized_base(n, N, LINES)[:, None] * 4
+    scale_row = scale_ptr + quantized_base(n, N, GROUPS)
+    minimum_row = minimum_ptr + quantized_base(n, N, GROUPS) if HAS_MINIMUM else scale_row
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    first = tl.program_id(2) * split_steps
+    for step in range(first, min(first + split_steps, STEPS)):
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        w = tl.load(w_row + (k // COLUMNS * 64 + k % 4)[None, :], mask=(k // COLUMNS < LINES)[None, :], other=0)
+        if BITS == 4:
+            w = (w >> (k // 4 % 2 * 4).to(tl.uint8)[None, :]) & 15
+        w = (w.to(tl.int16) - CENTER).to(tl.int8)
+        x = tl.load(x_row + k[:, None], mask=(m < M)[None, :], other=0)
+        x_scale = tl.load(x_scale_ptr + tl.cast(M, tl.int64) * step + m, mask=m < M, other=0.0)
+        group = step // GROUP_STEPS * 16 if GROUP_STEPS else 0
+        scale = tl.load(scale_row + group).to(tl.float32)
+        acc = tl.fma(tl.dot(w, x).to(tl.float32), scale[:, None] * x_scale[None, :], acc)
+        if HAS_OFFSET:
+            offset = (CENTER - zero) * scale
+            if HAS_MINIMUM:
+                offset += tl.load(minimum_row + group).to(tl.float32)
+            x_sum = tl.load(x_sum_ptr + tl.cast(M, tl.int64) * step + m, mask=m < M, other=0.0)
+            acc = tl.fma(offset[:, None] + tl.zeros_like(acc), x_sum[None, :], acc)
+    _store(acc, bias_ptr, y_ptr, m, n, M, N, HAS_BIAS)
+
+
+# ---------------------------------------------------------------- launches
+
+
+def _matvec_launch(lines: int) -> dict[str, Any]:
+    """16 rows of the weight a program, 64 bytes a thread: some 20 KB are on their way into each multiprocessor."""
+    block_i = min(max(power_of_two(lines), 32), 256)
+    return {"BLOCK_N": 16, "BLOCK_I": block_i, "num_warps": block_i // 32}
+
+
+def _roomy(device: torch.device) -> bool:
+    """Whether a program may have 160 KB of shared memory: NVIDIA's data centre GPUs; the others have 100, AMD's 64."""
+    return torch.version.hip is None and (capability(device)[0] in (9, 10) or capability(device) in ((8, 0), (8, 7)))
+
+
+def _launch(M: int, dtype: torch.dtype, bits: int, roomy: bool) -> dict[str, Any]:
+    """Tiles of 128 columns of K. fp32 has no exact matrix instruction, so that its tiles must fit a thread's registers twice."""
+    block_i = 128 * bits // 32
+    if M <= FEW:
+        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_I": block_i, "num_warps": 4, "num_stages": 3}
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_I": 16, "num_warps": 8, "num_stages": 2}
+    if M <= 64:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_I": block_i, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_M": 128 if roomy else 64, "BLOCK_N": 128, "BLOCK_I": block_i, "num_warps": 8, "num_stages": 3}
+
+
+def _int8_launch(M: int, group: int) -> dict[str, Any]:
+    """Two sums an element are held, a group's and the whole: 128 x 128 of them would leave too few registers for scales."""
+    if M <= FEW:
+        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": group, "num_warps": 4, "num_stages": 4}
+    if M <= 64:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": group, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": group, "num_warps": 8, "num_stages": 3}
+
+
+def _splits(tiles: int, steps: int) -> tuple[int, int]:
+    """Into how many parts K's steps are split and how many each part gets: four at least, to be worth the partial sums."""
+    splits = 1
+    while splits < 8 and tiles * splits * 2 <= PROGRAMS and steps >= splits * 8:
+        splits *= 2
+    each = triton.cdiv(steps, splits)
+    return triton.cdiv(steps, each), each
+
+
+def refuse(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero: int,
+    layout: str,
+    int8_activations: bool,
+) -> str | None:
+    if x.stride(-1) != 1 and k != 1:
+        return "it reads rows whose last dim has stride 1"
+    if bias is not None and bias.stride(0) != 1 and n != 1:
+        return "it reads a bias of stride 1"
+    if layout != "x16":
+        return f"it reads weights in layout 'x16', not '{layout}'; pack() them"
+    if data.storage_offset() % 64:
+        return "it reads weights that start on a 64-byte boundary"
+    if rows(x) is None:
+        return "it reads rows that lie in at most three strided dims"
+    return None
+
+
+def quant_matmul(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero: int,
+    layout: str,
+    int8_activations: bool,
+) -> Tensor:
+    y = _op.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    if y.numel():
+        with device_of(x):
+            (_int8 if int8_activations else _float)(x, data, scale, minimum, bias, y, n, k, bits, group_size, zero)
+    return y
+
+
+def _float(
+    x: Tensor, data: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, y: Tensor,
+    N: int, K: int, bits: int, group_size: int, zero: int,
+) -> None:  # fmt: skip
+    at, columns = rows(x), 32 // bits
+    assert at is not None  # refuse() has looked
+    M, lines, dwords = at.count, data.shape[1], data.view(torch.int32)
+    form: dict[str, Any] = {
+        "BITS": bits, "GROUP_LINES": 0 if scale.shape[1] == 1 else group_size // columns,
+        "HAS_MINIMUM": minimum is not None,
+    }  # fmt: skip
+    if M == 1:
+        launch = _matvec_launch(lines)
+        _matvec_fwd_kernel[(triton.cdiv(N, launch["BLOCK_N"]),)](
+            x, dwords, scale, minimum, bias, y, N, K, lines, scale.shape[1], float(zero),
+            HAS_BIAS=bias is not None, **form, **launch,
+        )  # fmt: skip
+        return
+    launch = _launch(M, x.dtype, bits, _roomy(x.device))
+    tiles = triton.cdiv(M, launch["BLOCK_M"]), triton.cdiv(N, launch["BLOCK_N"])
+    splits, each = _splits(tiles[0] * tiles[1], triton.cdiv(lines, launch["BLOCK_I"]))
+    # Column c's activations lie COLUMNS elements apart: many rows are read often enough to be put side by side first.
+    arranged = M > FEW
+    if arranged:
+        side_by_side = _op.empty((columns, M, lines), dtype=x.dtype, device=x.device)
+        _arrange_fwd_kernel[(triton.cdiv(M, 16), triton.cdiv(lines, 64))](
+            x, side_by_side, M, K, lines, *at.args, BLOCK_M=16, BLOCK_I=64, COLUMNS=columns, num_warps=4
+        )
+        x = side_by_side
+    out = y if splits == 1 else _op.empty((splits, M, N), dtype=torch.float32, device=x.device)
+    grid = (*tiles, splits)
+    _quant_matmul_fwd_kernel[grid](
+        x, dwords, scale, minimum, bias, out, M, N, K, lines, scale.shape[1], float(zero), each * launch["BLOCK_I"], *at.args,
+        ARRANGED=arranged, HAS_BIAS=bias is not None and splits == 1, **form, **launch,
+    )  # fmt: skip
+    _add_splits(out, bias, y, splits, N)
+
+
+def _add_splits(parts: Tensor, bias: Tensor | None, y: Tensor, splits: int, N: int) -> None:
+    if splits > 1:
+        size = y.numel()
+        _add_splits_fwd_kernel[(triton.cdiv(size, SUM_BLOCK),)](
+            parts, bias, y, N, size, SPLITS=splits, BLOCK=SUM_BLOCK, HAS_BIAS=bias is not None, num_warps=4
+        )
+
+
+def _int8(
+    x: Tensor, data: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, y: Tensor,
+    N: int, K: int, bits: int, group_size: int, zero: int,
+) -> None:  # fmt: skip
+    at, group = rows(x), activation_group(group_size)
+    assert at is not None
+    M, steps = at.count, triton.cdiv(K, group)
+    q = _op.empty((M, steps * group), dtype=torch.int8, device=x.device)
+    x_scale = _op.empty((2, steps, M), dtype=torch.float32, device=x.device)
+    block_m = 2048 // group
+    _quantize_fwd_kernel[(triton.cdiv(M, block_m), steps)](
+        x, q, x_scale[0], x_scale[1], M, K, steps, *at.args, BLOCK_M=block_m, BLOCK_K=group, num_warps=4
+    )
+    launch = _int8_launch(M, group)
+    tiles = triton.cdiv(M, launch["BLOCK_M"]), triton.cdiv(N, launch["BLOCK_N"])
+    splits, each = _splits(tiles[0] * tiles[1], steps)
+    out = y if splits == 1 else _op.empty((splits, M, N), dtype=torch.float32, device=x.device)
+    grid = (*tiles, splits)
+    _quant_matmul_int8_fwd_kernel[grid](
+        q, x_scale[0], x_scale[1], data, scale, minimum, bias, out,
+        M, N, data.shape[1], scale.shape[1], steps, float(zero), each,
+        BITS=bits, GROUP_STEPS=0 if scale.shape[1] == 1 else group_size // group,
+        HAS_MINIMUM=minimum is not None, HAS_OFFSET=minimum is not None or zero != 1 << bits - 1,
+        HAS_BIAS=bias is not None and splits == 1, **launch,
+    )  # fmt: skip
+    _add_splits(out, bias, y, splits, N)
+
+
+# ---------------------------------------------------------------- for `fastllm compile`
+
+
+def builds() -> Iterator[Build]:
+    """Llama-3.2-1B's and 8B's shapes (N, K) in the formats of Q4_1, Q4_0, Q8_0, GPTQ and of whole rows."""
+    forms = (4, 32, True), (4, 64, False), (4, 128, True), (8, 32, False), (8, 128, True), (8, -1, False)
+    for dtype in ("bf16", "fp16", "fp32"):
+        for bits, group, minimum in forms:
+            for M in (1, 16, 64, 512):
+                yield from _float_builds(dtype, M, bits, group, minimum)
+                if dtype == "bf16":  # int8 products see x's dtype in y's alone
+                    yield from _int8_builds(M, bits, group, minimum)
+        yield from _other_builds(dtype)
+
+
+_ROWS = {f"x_{name}": "i32" for name in ("n1", "n2", "s0", "s1", "s2")}
+_ALIGNED = ("N", "K", "LINES", "GROUPS", "split_lines", "x_s2")
+
+
+def _float_builds(dtype: str, M: int, bits: int, group: int, minimum: bool) -> Iterator[Build]:
+    names, columns = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}, 32 // bits
+    pointers = {"x_ptr": f"*{dtype}", "w_ptr": "*i32", "scale_ptr": "*fp16", "y_ptr": f"*{dtype}"}
+    pointers |= {"minimum_ptr": "*fp16"} if minimum else {}
+    numbers = {"N": "i32", "K": "i32", "LINES": "i32", "GROUPS": "i32", "zero": "fp32"}
+    form: dict[str, Any] = {"BITS": bits, "GROUP_LINES": max(group, 0) // columns, "HAS_MINIMUM": minimum, "HAS_BIAS": False}
+    form |= {"bias_ptr": None} | ({} if minimum else {"minimum_ptr": None})
+    words = f"M={M} {dtype} int{bits} " + (f"g{group}" if group > 0 else "rows") + (" minimum" if minimum else "")
+    if M == 1:
+        for lines in (256, 72):  # K = 2048 (4 bits) and more; SmolLM2's 576
+            launch = _matvec_launch(lines)
+            num_warps = launch.pop("num_warps")
+            constants, name = {**form, **launch}, f"LINES={lines} {words}"
+            yield Build(_matvec_fwd_kernel, name, {**pointers, **numbers}, constants, num_warps=num_warps, aligned=_ALIGNED)
+        return
+    for partial, roomy in ((False, True), (True, True)) if M <= 64 else ((False, True), (False, False)):
+        launch = _launch(M, names[dtype], bits, roomy)
+        num_warps, num_stages = launch.pop("num_warps"), launch.pop("num_stages")
+        signature = {**pointers, "M": "i32", **numbers, "split_lines": "i32", **_ROWS}
+        signature |= {"y_ptr": "*fp32"} if partial else {}
+        yield Build(
+            _quant_matmul_fwd_kernel,
+            words + (" split" if partial else "") + ("" if roomy else ", little shared memory"),
+            signature,
+            {**form, **launch, "ARRANGED": M > FEW},
+            num_warps=num_warps,
+            num_stages=num_stages,
+            matrix=dtype != "fp32",
+            aligned=_ALIGNED,
+        )
+
+
+def _int8_builds(M: int, bits: int, group: int, minimum: bool) -> Iterator[Build]:
+    step = activation_group(group)
+    launch = _int8_launch(M, step)
+    num_warps, num_stages = launch.pop("num_warps"), launch.pop("num_stages")
+    pointers = {"q_ptr": "*i8", "x_scale_ptr": "*fp32", "x_sum_ptr": "*fp32", "w_ptr": "*u8", "scale_ptr": "*fp16"}
+    pointers |= {"minimum_ptr": "*fp16"} if minimum else {}
+    numbers: dict[str, str] = dict.fromkeys(("N", "LINES", "GROUPS", "STEPS", "split_steps"), "i32") | (
+        {"M": "i32"} if M > 1 else {}
+    )
+    form: dict[str, Any] = {"BITS": bits, "GROUP_STEPS": max(group, 0) // step, "HAS_MINIMUM": minimum, "HAS_OFFSET": minimum}
+    form |= {"HAS_BIAS": False, "bias_ptr": None} | ({} if minimum else {"minimum_ptr": None})
+    form |= {} if M > 1 else {"M": 1}  # the launcher makes an argument of 1 a constant
+    words = f"M={M} int{bits} " + (f"g{group}" if group > 0 else "rows") + (" minimum" if minimum else "")
+    for y in ("bf16", "fp32"):  # fp32: partial sums too
+        yield Build(
+            _quant_matmul_int8_fwd_kernel,
+            f"{words} to {y}",
+            {**pointers, "y_ptr": f"*{y}", **numbers, "zero": "fp32"},
+            {**form, **launch},
+            num_warps=num_warps,
+            num_stages=num_stages,
+            matrix=True,
+            aligned=("N", "LINES", "GROUPS", "STEPS"),
+        )
+
+
+def _other_builds(dtype: str) -> Iterator[Build]:
+    pointers = {"x_ptr": f"*{dtype}", "M": "i32", "K": "i32", **_ROWS}
+    for columns in (4, 8):
+        constants = {"BLOCK_M": 16, "BLOCK_I": 64, "COLUMNS": columns}
+        signature = {**pointers, "out_ptr": f"*{dtype}", "LINES": "i32"}
+        yield Build(_arrange_fwd_kernel, f"{columns} columns {dtype}", signature, constants, aligned=("K", "LINES", "x_s2"))
+    for group in (32, 64, 128):
+        signature = {**pointers, "q_ptr": "*i8", "scale_ptr": "*fp32", "sum_ptr": "*fp32", "STEPS": "i32"}
+        constants = {"BLOCK_M": 2048 // group, "BLOCK_K": group}
+        yield Build(_quantize_fwd_kernel, f"group {group} {dtype}", signature, constants, aligned=("K", "x_s2"))
+    for splits in range(2, 9):
+        signature = {"part_ptr": "*fp32", "y_ptr": f"*{dtype}", "N": "i32", "size": "i32"}
+        sums = {"SPLITS": splits, "BLOCK": SUM_BLOCK, "HAS_BIAS": False, "bias_ptr": None}
+        yield Build(_add_splits_fwd_kernel, f"{splits} splits {dtype}", signature, sums, aligned=("N", "size"))
