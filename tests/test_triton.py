@@ -55,6 +55,15 @@ WRONG = [
     ("rotary", "sine's sign", "a * cos_a - b * sin_a", "a * cos_a + b * sin_a"),
     ("rotary", "halves for neighbours", "lane_b = 2 * pair + 1 if", "lane_b = 2 * pair + 2 if"),
     ("rotary", "the rest of the lanes is not copied", "if BLOCK_REST > 0:", "if BLOCK_REST < 0:"),
+    ("quant_matmul", "no minimum", "tl.fma(q, scale, minimum) if HAS_MINIMUM else q * scale", "q * scale"),
+    (
+        "quant_matmul",
+        "zero is not subtracted",
+        "quantized_column(dwords, zero, c, BITS)",
+        "quantized_column(dwords, 0, c, BITS)",
+    ),
+    ("quant_matmul", "int8: the first group's scale for all", "group = step // GROUP_STEPS * 16", "group = 0 * GROUP_STEPS"),
+    ("quant_matmul", "the bias is left out", "        acc += tl.load(bias_ptr", "        acc += 0 * tl.load(bias_ptr"),
     ("rotary", "the cache's slot is off by one", "slot = tl.load(slot_ptr", "slot = 1 + tl.load(slot_ptr"),
 ]
 
