@@ -245,7 +245,7 @@ def _limits(args: argparse.Namespace) -> int:
     if not _json(args.json, {"limits": [asdict(one) for one in found], "machine": info()}):
         names = ("memory", "l3", "l2")
         headings = [f"{what} {name}" for what in ("read", "copy") for name in names]
-        columns = ("isa", "threads", *headings, "fp32", "int8", "bf16")
+        columns = ("isa", "threads", *headings, "fp32", "int8", "int4", "bf16")
         cells = [list(asdict(one).values()) for one in found]
         here = caches()
         title = f"{info()['processor']}, L2 {here.l2 >> 10} KiB a core, L3 {here.l3 >> 20} MiB: GB/s, GFLOP/s, GOP/s"

@@ -215,7 +215,7 @@ QUICK = ["bench", "--op", "rms_norm", "--case", "odd", "--dtype", "fp32", "--riv
 
 @pytest.fixture
 def quick_limits(monkeypatch):
-    known = limits.Limits("avx2", 1, 20.0, 100.0, 200.0, 10.0, 80.0, 160.0, 300.0, 600.0, None)
+    known = limits.Limits("avx2", 1, 20.0, 100.0, 200.0, 10.0, 80.0, 160.0, 300.0, 600.0, 700.0, None)
     monkeypatch.setattr(bench, "measured_limits", lambda isa, threads: replace(known, isa=isa, threads=threads))
     monkeypatch.setattr(limits, "_measure", lambda module, isa, threads, *_: replace(known, isa=isa, threads=threads))
 

@@ -183,7 +183,7 @@ def test_contestants_take_turns_and_cold_ones_go_round_the_argument_sets():
 
 # ---------------------------------------------------------------- limits
 
-LIMITS = limits.Limits("avx2", 2, 20.0, 100.0, 200.0, 10.0, 80.0, 160.0, 300.0, 600.0, None)
+LIMITS = limits.Limits("avx2", 2, 20.0, 100.0, 200.0, 10.0, 80.0, 160.0, 300.0, 600.0, 700.0, None)
 
 
 def test_the_shortest_transfer(monkeypatch):
@@ -201,6 +201,7 @@ def test_bf16_arithmetic_is_fp32s_where_there_is_no_instruction():
     assert LIMITS.peak("bf16") == LIMITS.peak("fp32") == 300e9
     assert replace(LIMITS, bf16=500.0).peak("bf16") == 500e9
     assert LIMITS.peak("int8") == 600e9
+    assert LIMITS.peak("int4") == 700e9
 
 
 @needs_cpu_kernels
@@ -239,6 +240,7 @@ def test_the_loops_do_what_they_are_counted_for(isa):
         lanes = {"scalar": 1, "avx2": 8}.get(isa, 16)
         assert module.limit_loop("fp32", source, target, tiles, 5) == 2 * 5 * 12 * 2 * lanes
         assert module.limit_loop("int8", source, target, tiles, 5) == 2 * 5 * 12 * 2 * (4 * lanes if lanes > 1 else 1)
+        assert module.limit_loop("int4", source, target, tiles, 5) == 2 * 5 * 12 * 2 * (4 * lanes if lanes > 1 else 1)
         assert (module.limit_loop("bf16", source, target, tiles, 5) > 0) == (isa == "avx512_bf16")
 
 
@@ -273,7 +275,7 @@ def test_the_share_of_the_limit_is_the_shortest_time_over_ours(monkeypatch):
     assert share["limit"] == pytest.approx(20.0)
     bound = replace(spec, compute_bound=lambda case: True)
     share = bench._share(bound, replace(case, arithmetic="int8"), ours, 0, cold=True)
-    assert share == {"rate": 60.0, "unit": "GFLOP/s", "limit": 600.0, "limited_by": "int8", "pct_of_limit": 10.0}
+    assert share == {"rate": 60.0, "unit": "GOP/s", "limit": 600.0, "limited_by": "int8", "pct_of_limit": 10.0}
 
 
 def test_a_missing_or_failing_compiler_is_a_reason_in_the_row(monkeypatch):

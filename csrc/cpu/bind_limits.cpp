@@ -11,7 +11,7 @@ Limit limit_named(const std::string& name) {
   for (int i = 0; i < kNumLimits; ++i) {
     if (name == kLimitNames[i]) return static_cast<Limit>(i);
   }
-  fail("limit_loop: name is '", name, "', expected read, copy, fp32, int8 or bf16");
+  fail("limit_loop: name is '", name, "', expected read, copy, fp32, int8, int4 or bf16");
 }
 
 }  // namespace

@@ -5,16 +5,16 @@
 
 namespace fastllm::cpu {
 
-enum class Limit : int { read, copy, fp32, int8, bf16 };
-inline constexpr int kNumLimits = 5;
-inline constexpr const char* kLimitNames[kNumLimits] = {"read", "copy", "fp32", "int8", "bf16"};
+enum class Limit : int { read, copy, fp32, int8, int4, bf16 };
+inline constexpr int kNumLimits = 6;
+inline constexpr const char* kLimitNames[kNumLimits] = {"read", "copy", "fp32", "int8", "int4", "bf16"};
 
 struct LimitsArgs {
   Limit limit;
   const float* from;   // read, copy: (threads, floats); each thread streams a row of its own
   float* to;           // copy: (threads, floats)
   int64_t floats;      // a multiple of kStreamStep
-  const float* tiles;  // fp32, int8, bf16: kTileFloats floats that stay in L1
+  const float* tiles;  // fp32, int8, int4, bf16: kTileFloats floats that stay in L1
   float* sums;         // (threads): what the loops computed, written so that no compiler can drop them
   int64_t* work;       // (threads): operations done, or bytes moved; 0 where the rung lacks the instruction
   int64_t repeats;     // passes over the row, or steps of the arithmetic loop

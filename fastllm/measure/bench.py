@@ -150,6 +150,7 @@ def _rows(spec: OpCases, case: Case, backend: str, isa: str, rivals: Sequence[st
     """Warm, and if asked cold. A list, not a generator: the forced backend must not be seen by whoever takes the rows."""
     threads, device = torch.get_num_threads(), device_of(backend)
     inputs = to_device(expected(spec, case).inputs, device)
+    held = spec.held_by_torch(inputs)
     with forced(backend, isa or None), torch.no_grad():
         blank = Row(
             op=spec.op,
@@ -184,7 +185,7 @@ def _rows(spec: OpCases, case: Case, backend: str, isa: str, rivals: Sequence[st
             calls["torch"] = spec.torch
         note = ""
         if "compile" in rivals:
-            compiled, note = _compiled(spec, inputs)
+            compiled, note = _compiled(spec, held)
             if compiled is not None:
                 calls["compile"] = compiled
         written = sum(y.nbytes for y in results(spec.call(**copied(inputs))))
@@ -195,7 +196,8 @@ def _rows(spec: OpCases, case: Case, backend: str, isa: str, rivals: Sequence[st
             if not sets:
                 rows.append(replace(blank, cache="cold", note="cold: more copies of the arguments than memory should hold"))
                 continue
-            times = in_turns(calls, sets, cold=is_cold, seconds=seconds)
+            own = {name: sets if name == "ours" else [spec.held_by_torch(one) for one in sets] for name in calls}
+            times = in_turns(calls, own, cold=is_cold, seconds=seconds)
             cache = "cold" if is_cold else "warm"
             row = replace(blank, cache=cache, note=note, **_speeds(times), host_us=min(host, times["ours"].median * 1e6))
             # The limits are the CPU's.
@@ -267,9 +269,21 @@ def _speeds(times: Mapping[str, Timing]) -> dict[str, Any]:
 
 def _share(spec: OpCases, case: Case, ours: Timing, written: int, cold: bool) -> dict[str, Any]:
     """The rate, and what part of the machine's limit it is: the shortest possible time over ours."""
-    here = measured_limits(cpu_module().active_isa(), torch.get_num_threads())  # type: ignore[union-attr]
+    isa, threads = cpu_module().active_isa(), torch.get_num_threads()  # type: ignore[union-attr]
+    share = _share_of(measured_limits(isa, threads), spec, case, ours, written, cold)
+    for _ in range(3):
+        if share.get("pct_of_limit", 0.0) <= 100:
+            break
+        # Nothing beats a limit: others had the machine when it was measured. The best of several is nearer to the truth.
+        _best[isa, threads] = measured_limits(isa, threads).better(limits(isa, threads, fresh=True))
+        share = _share_of(_best[isa, threads], spec, case, ours, written, cold)
+    return share
+
+
+def _share_of(here: Limits, spec: OpCases, case: Case, ours: Timing, written: int, cold: bool) -> dict[str, Any]:
     if spec.compute_bound(case):
-        work, unit, shortest, name = case.flops, "GFLOP/s", case.flops / here.peak(case.arithmetic), case.arithmetic
+        work, unit = case.flops, "GOP/s" if case.arithmetic.startswith("int") else "GFLOP/s"
+        shortest, name = case.flops / here.peak(case.arithmetic), case.arithmetic
     else:
         shortest, name = here.transfer(case.bytes, written, cold)
         work, unit = case.bytes, "GB/s"
@@ -284,10 +298,14 @@ def _share(spec: OpCases, case: Case, ours: Timing, written: int, cold: bool) ->
     }
 
 
-@functools.cache
+_best: dict[tuple[str, int], Limits] = {}
+
+
 def measured_limits(isa: str, threads: int) -> Limits:
     """Measured in this very run: a limit of another day says little about a share of today's."""
-    return limits(isa, threads, fresh=True)
+    if (isa, threads) not in _best:
+        _best[isa, threads] = limits(isa, threads, fresh=True)
+    return _best[isa, threads]
 
 
 # ---------------------------------------------------------------- the tables

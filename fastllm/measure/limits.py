@@ -74,6 +74,7 @@ class Limits:
     copy_l2: float
     fp32: float
     int8: float
+    int4: float  # bytes by 4-bit integers: their products fit sums of 16 bits, which is one instruction less without VNNI
     bf16: float | None  # None where the rung has no bf16 dot product: kernels then widen to fp32
 
     def level(self, size: int, cold: bool = False) -> str:
@@ -94,11 +95,16 @@ class Limits:
         name = "copy" if 2 * copied > size else "read"
         return copied / copy + (size - copied) / read, f"{name} {level}"
 
+    def better(self, other: Limits) -> Limits:
+        """The higher of each limit, of two measurements of one rung on as many threads."""
+        mine, theirs = asdict(self), asdict(other)
+        return Limits(**{k: max(v, theirs[k]) if isinstance(v, float) else v for k, v in mine.items()})
+
     def peak(self, arithmetic: str) -> float:
-        """Operations a second of "fp32", "int8" or "bf16", which is fp32's where widening is the faster way."""
+        """Operations a second of "fp32", "int8", "int4" or "bf16", which is fp32's where widening is the faster way."""
         if arithmetic == "bf16":
             return max(self.bf16 or 0.0, self.fp32) * 1e9
-        return {"fp32": self.fp32, "int8": self.int8}[arithmetic] * 1e9
+        return {"fp32": self.fp32, "int8": self.int8, "int4": self.int4}[arithmetic] * 1e9
 
 
 _measured: dict[tuple[str, int], Limits] = {}
@@ -217,5 +223,6 @@ def _measure(module: Any, isa: str, threads: int, seconds: float) -> Limits:
             copy_l2=streams("copy", copy_l2),
             fp32=best("fp32"),
             int8=best("int8"),
+            int4=best("int4"),
             bf16=best("bf16") if timed("bf16", small[0], small[0], 1)[0] else None,
         )

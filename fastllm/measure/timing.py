@@ -55,7 +55,7 @@ def ratio(rival: Timing, ours: Timing) -> float:
 
 def in_turns(
     calls: Mapping[str, Callable[..., Any]],
-    argument_sets: Sequence[Mapping[str, Any]],
+    argument_sets: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]],
     cold: bool = False,
     seconds: float = 0.6,
     warmup: float = 0.1,
@@ -64,18 +64,19 @@ def in_turns(
 
     Args:
         calls: the contestants by name.
-        argument_sets: keyword arguments; a warm timing uses the first only, a cold one goes round all of them.
+        argument_sets: keyword arguments, or such sets for each contestant by name; a warm timing uses the first only, a cold
+            one goes round all of them.
         cold: whether each call's arguments must come from memory.
         seconds: the budget for all contestants together; at least five turns are taken whatever they cost.
         warmup: seconds of calls before, for each contestant (at least one call).
     """
-    first = argument_sets[0]
+    own = {name: argument_sets[name] if isinstance(argument_sets, Mapping) else argument_sets for name in calls}
     batch = {}
     for name, call in calls.items():
         fastest, end = float("inf"), time.perf_counter() + warmup
         while True:
             start = time.perf_counter()
-            call(**first)
+            call(**own[name][0])
             now = time.perf_counter()
             fastest = min(fastest, now - start)
             if now >= end:
@@ -90,9 +91,9 @@ def in_turns(
             for name, call in calls.items():
                 if cold:
                     used += 1
-                    arguments = argument_sets[used % len(argument_sets)]
+                    arguments = own[name][used % len(own[name])]
                 else:
-                    arguments = first
+                    arguments = own[name][0]
                     call(**arguments)
                 count = batch[name]
                 start = time.perf_counter()

@@ -21,7 +21,7 @@ class Case:
         inputs: takes a seeded CPU generator, returns the public function's keyword arguments, on the CPU.
         bytes: bytes that the op cannot avoid moving (inputs read once, outputs written once).
         flops: floating-point or integer operations that it cannot avoid.
-        arithmetic: which measured peak bounds them: "fp32", "int8" (byte dot products) or "bf16" (bf16 dot products).
+        arithmetic: which measured peak bounds them: "fp32", "int8" (byte dot products), "int4" (bytes by 4 bits) or "bf16" (bf16 dot products).
         bench: whether ``fastllm bench`` runs it; its shape then carries a model's name.
         factor: replaces the 2 of the tolerance rule; ``because`` then says why.
     """
@@ -49,6 +49,8 @@ class OpCases:
         cases: the calls.
         compute_bound: whether ``bench`` compares with the arithmetic peak rather than with bandwidth, per case.
         rival: the name of PyTorch's own way, for tables.
+        held_by_torch: what a PyTorch user would hold in place of the arguments (a dequantised weight): ``bench`` makes it
+            before the clock starts, and ``torch`` takes it too.
         mutants: wrong variants of the reference, by name; each must fail the tolerance rule on at least one case.
     """
 
@@ -58,5 +60,6 @@ class OpCases:
     torch: Callable[..., Any]
     cases: Sequence[Case]
     rival: str = "torch"
+    held_by_torch: Callable[[dict[str, Any]], dict[str, Any]] = lambda inputs: inputs
     compute_bound: Callable[[Case], bool] = lambda case: False
     mutants: dict[str, Callable[..., Any]] = field(default_factory=dict)

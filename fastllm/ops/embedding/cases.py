@@ -15,8 +15,12 @@ from . import reference
 from .api import embedding
 
 
-def torch_embedding(ids: Tensor, w: QuantizedTensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.nn.functional.embedding(ids.long(), w.dequantize(dtype))
+def torch_embedding(ids: Tensor, w: QuantizedTensor | Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.nn.functional.embedding(ids.long(), w if isinstance(w, Tensor) else w.dequantize(dtype))
+
+
+def _dense(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {**inputs, "w": inputs["w"].dequantize(inputs.get("dtype", torch.float32))}
 
 
 def _reference(ids: Tensor, w: QuantizedTensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -64,7 +68,8 @@ CASES = OpCases(
     call=embedding,
     reference=_reference,
     torch=torch_embedding,
-    rival="dequantised table, F.embedding",
+    rival="F.embedding on a table dequantised beforehand",
+    held_by_torch=_dense,
     cases=_cases(),
     mutants={
         "the next row": _mutant(lambda ids, w: ((ids + 1) % w.shape[0], w)),

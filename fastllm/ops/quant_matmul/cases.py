@@ -15,12 +15,21 @@ from . import reference
 from .api import quant_matmul
 
 
-def torch_linear(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float") -> Tensor:
-    """F.linear on the dequantised weight; with int8 activations on activations that were rounded and widened again."""
+def torch_linear(x: Tensor, w: QuantizedTensor | Tensor, bias: Tensor | None = None, *, activations: str = "float") -> Tensor:
+    """F.linear on the dequantised weight; with int8 activations on activations that were rounded and widened again.
+
+    A weight that is dense already is `bench`'s: the float layer that a quantised one replaces, which rounds nothing.
+    """
+    if isinstance(w, Tensor):
+        return torch.nn.functional.linear(x, w, bias)
     if activations == "int8":
         group_size = reference.activation_group(w.group_size)
         x = reference.round_activations(x, group_size, torch.float32).to(x.dtype)
     return torch.nn.functional.linear(x, w.dequantize(x.dtype), bias)
+
+
+def _dense(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {**inputs, "w": inputs["w"].dequantize(inputs["x"].dtype)}
 
 
 def random_weight(
@@ -102,7 +111,9 @@ def _cases() -> list[Case]:
             size = n * k * bits // 8 + scales + rows * (n + k) * _dtype.itemsize
             for activations in ("float", "int8"):
                 make = _inputs(m, n, k, _dtype, activations=activations, **options)
-                cases.append(Case(f"{name} {activations} activations", _dtype, make, size, 2 * rows * n * k, bench))
+                arithmetic = f"int{bits}" if activations == "int8" else "fp32"
+                title = f"{name} {activations} activations"
+                cases.append(Case(title, _dtype, make, size, 2 * rows * n * k, bench, arithmetic=arithmetic))
 
         for part, (n, k) in _LLAMA_1B.items():
             add(f"llama-3.2-1b {part} decode 1x{n}x{k} int4 g32", 1, n, k, bench=True)
@@ -200,7 +211,8 @@ CASES = OpCases(
     call=quant_matmul,
     reference=reference.quant_matmul,
     torch=torch_linear,
-    rival="F.linear on dequantised weights",
+    rival="F.linear on a weight dequantised beforehand",
+    held_by_torch=_dense,
     cases=_cases(),
     compute_bound=lambda case: case.flops >= 16 * case.bytes,  # from about 32 tokens on
     mutants={
