@@ -64,7 +64,8 @@ def backend(package: str, run: str) -> Backend:
 
 @functools.cache
 def _mend_interpreter() -> None:
-    """The interpreter of Triton 3.6 to 3.9 truncates fp32 to bf16, where every GPU rounds to the nearest."""
+    """The interpreter of Triton 3.6 to 3.9 truncates fp32 to bf16, where every GPU rounds to the nearest, and multiplies the bits
+    of bf16 matrices as if they were integers."""
     from triton import language as tl
     from triton.runtime import interpreter
 
@@ -76,7 +77,14 @@ def _mend_interpreter() -> None:
             return interpreter.TensorHandle(data, dst_type.scalar)
         return cast(self, src, dst_type)
 
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        a, b = (cast_impl(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *args)
+
     interpreter.InterpreterBuilder.cast_impl = cast_impl
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
