@@ -102,9 +102,9 @@ def _walk(
 ):  # fmt: skip
     """Adds the keys [first, last) to (acc, top, total), the online softmax of the rows of q; first is a multiple of BLOCK_N.
 
-    The weight of a score z is 2^(c z - top), one fused multiply-add before the exp2, and top = c max(z) is rounded once, when it
-    is found: a product in 2^(top - new) would be fused anew and drift from tile to tile. An additive mask may hold the lowest
-    float, which c would turn into minus infinity: there top is max(z) and the weight 2^(c (z - top)).
+    The weight of a score z is 2^(c z - top), one fused multiply-add before the exp2, and top = c max(z) is rounded once, when
+    it is found: a product in 2^(top - new) would be fused anew and drift from tile to tile. An additive mask may hold the
+    lowest float, which c would turn into minus infinity: there top is max(z) and the weight 2^(c (z - top)).
 
     mask_at (rows, 1) points at each row of the mask, mask_row (rows, 1) is whether there is such a row.
     """
@@ -208,7 +208,8 @@ def _attention_prefill_kernel(
     if HAS_WINDOW:
         acc, top, total = _walk(
             acc, top, total, q, first, tl.minimum(full, end), keys, position,
-            k_ptr, v_ptr, stride_ks, stride_vs, mask_at, row, stride_ms, factor, c, softcap, window, D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP,
+            k_ptr, v_ptr, stride_ks, stride_vs, mask_at, row, stride_ms,
+            factor, c, softcap, window, D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP,
         )  # fmt: skip
     acc, top, total = _walk(
         acc, top, total, q, full, edge, keys, position, k_ptr, v_ptr, stride_ks, stride_vs, mask_at, row, stride_ms,
@@ -283,8 +284,8 @@ def _attention_reduce_kernel(
     D: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, ADDITIVE: tl.constexpr, HAS_LENS: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """A program: BLOCK_D elements of one row of the output. It reads the splits whose keys the row sees, and no other: theirs is
-    memory that nobody wrote. Groups of SPLITS start at multiples of it, so that their number does not change a bit."""
+    """A program: BLOCK_D elements of one row of the output. It reads the splits whose keys the row sees, and no other: theirs
+    is memory that nobody wrote. Groups of SPLITS start at multiples of it, so that their number does not change a bit."""
     h = (tl.program_id(0) // T).to(tl.int64)
     t = tl.program_id(0) % T
     b = tl.program_id(2).to(tl.int64)
