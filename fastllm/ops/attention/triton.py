@@ -326,12 +326,12 @@ def _attention_reduce_kernel(
     tl.store(o_at, o.to(o_ptr.dtype.element_ty), mask=d < D)
 
 
-# BLOCK_D -> BLOCK_M, BLOCK_N, num_warps, num_stages: at most 96 KiB of shared memory for q and the stages of k and v (sm_86 and
-# sm_120 have 99), accumulators and scores in 128 registers a thread.
+# BLOCK_D -> BLOCK_M, BLOCK_N, num_warps, num_stages: at most 96 KiB of shared memory for q and the stages of k and v (sm_86
+# and sm_120 have 99); accumulators, scores and weights in 128 registers a thread, which leaves room for addresses.
 _PREFILL_16 = {
     16: (128, 64, 4, 3),
     32: (128, 64, 4, 3),
-    64: (128, 64, 4, 3),
+    64: (128, 64, 8, 3),
     128: (128, 64, 8, 2),
     256: (64, 32, 8, 2),
     512: (32, 16, 8, 2),
@@ -340,7 +340,7 @@ _PREFILL_32 = {
     16: (64, 32, 4, 2),
     32: (64, 32, 4, 2),
     64: (64, 32, 4, 2),
-    128: (32, 32, 4, 2),
+    128: (32, 32, 8, 2),
     256: (32, 16, 8, 2),
     512: (16, 16, 8, 1),
 }
@@ -452,8 +452,14 @@ def builds() -> Iterator[Build]:
     heads = ["stride_qb", "stride_qh", "stride_qt", *kv]
     out = ["stride_ob", "stride_oh", "stride_ot"]
     # A plain call: no mask, lengths or sinks.
-    none = {"mask_ptr": None, "lens_ptr": None, "stride_lens": 0, "HAS_LENS": False, "HAS_WINDOW": False, "ADDITIVE": False}
-    no_mask = {**{f"stride_m{dim}": 0 for dim in "bhts"}, "HAS_MASK": False, "SCALED": False, "HAS_SOFTCAP": False}
+    none = {"lens_ptr": None, "stride_lens": 0, "HAS_LENS": False, "HAS_WINDOW": False, "ADDITIVE": False}
+    no_mask = {
+        "mask_ptr": None,
+        **{f"stride_m{dim}": 0 for dim in "bhts"},
+        "HAS_MASK": False,
+        "SCALED": False,
+        "HAS_SOFTCAP": False,
+    }
     no_sinks = {"sinks_ptr": None, "stride_sinks": 0, "HAS_SINKS": False}
     for dtype in ("bf16", "fp16", "fp32"):
         for D in (64, 80, 96, 128, 256):
