@@ -349,11 +349,12 @@ _DECODE_16 = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (64, 4, 2), 2
 _DECODE_32 = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 2), 512: (16, 4, 1)}
 
 
-def _launch(kind: str, D: int, itemsize: int) -> dict[str, int]:
-    """Block sizes, warps and stages."""
+def _launch(kind: str, D: int, itemsize: int, masked: bool = False) -> dict[str, int]:
+    """Block sizes, warps and stages. A mask's tiles take shared memory and registers too: half of the keys leave room."""
     block_d = max(16, power_of_two(D))  # a matrix instruction's least depth
     if kind == "prefill":
         block_m, block_n, num_warps, num_stages = (_PREFILL_32 if itemsize == 4 else _PREFILL_16)[block_d]
+        block_n = max(16, block_n // 2) if masked else block_n
     else:
         block_m = 16
         block_n, num_warps, num_stages = (_DECODE_32 if itemsize == 4 else _DECODE_16)[block_d]
@@ -438,7 +439,7 @@ def attention(
                 D=D, SPLIT=SPLIT, SPLITS=SPLITS, BLOCK_D=block_d, HAS_SINKS=sinks is not None, **seen, num_warps=1,
             )  # fmt: skip
         else:
-            launch = _launch("prefill", D, q.itemsize)
+            launch = _launch("prefill", D, q.itemsize, mask is not None)
             _attention_prefill_kernel[(triton.cdiv(T, launch["BLOCK_M"]), H, B)](
                 q, k, v, mask, kv_lens, sinks, o, T, S, H // Hk, *numbers, *strides, *o.stride()[:3], *mask_strides,
                 lens_stride, sinks_stride, D=D, HAS_SINKS=sinks is not None, **launch, **seen, **scores,
