@@ -55,6 +55,17 @@ WRONG = [
     ("rotary", "sine's sign", "a * cos_a - b * sin_a", "a * cos_a + b * sin_a"),
     ("rotary", "halves for neighbours", "lane_b = 2 * pair + 1 if", "lane_b = 2 * pair + 2 if"),
     ("rotary", "the rest of the lanes is not copied", "if BLOCK_REST > 0:", "if BLOCK_REST < 0:"),
+    ("attention", "a query does not see itself", "key <= position", "key < position"),
+    ("attention", "the window is off by one", "tl.abs(position - key) < window", "tl.abs(position - key) <= window"),
+    (
+        "attention",
+        "the running sum is not corrected",
+        "total = total * correction + tl.sum(p, 1)",
+        "total = total + tl.sum(p, 1)",
+    ),
+    ("attention", "sinks are left out", "if HAS_SINKS:", "if False:"),
+    ("attention", "kv_lens are not looked at", "if HAS_LENS:", "if False:"),
+    ("attention", "the softcap is left out", "z = softcap * _tanh(z * factor, q.dtype == tl.float32)", "z = z * factor"),
     ("quant_matmul", "no minimum", "tl.fma(q, scale, minimum) if HAS_MINIMUM else q * scale", "q * scale"),
     (
         "quant_matmul",

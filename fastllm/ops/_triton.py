@@ -81,12 +81,8 @@ def _mend_interpreter() -> None:
 
     dot = interpreter.InterpreterBuilder.create_dot
 
-    def widened(t: Any) -> Any:
-        return interpreter.TensorHandle((t.data.astype("uint32") << 16).view("float32"), tl.float32)
-
     def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = widened(a), widened(b)
+        a, b = (cast_impl(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return dot(self, a, b, *args)
 
     interpreter.InterpreterBuilder.cast_impl = cast_impl

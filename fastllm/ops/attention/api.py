@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...backends import Backend
 from ...errors import dtype_error, shape_error, type_error, value_error
-from .. import _check, _op
+from .. import _check, _op, _triton
 from . import native, reference
 
 _SCHEMA = (
@@ -185,6 +185,7 @@ _attention = _op.Op(
     fake=_fake,
     backends=(
         Backend("cpu", native.attention, native.refuse),
+        _triton.backend(__package__, "attention"),
         Backend("reference", _reference, _check.never_refuse),
     ),
     prepare=_prepare,

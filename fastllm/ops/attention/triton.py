@@ -1,0 +1,505 @@
+"""attention in Triton: blocked online softmax for prefill, keys split over programs for decode; no T x S matrix in either.
+
+Cost: 4 D flops for each pair of a query and a key that it sees. Prefill: k and v are read once by each of the T / BLOCK_M
+programs of a head, from L2 after the first; at BLOCK_M = 128 in bf16 that is 128 flops a byte or more, so the matrix units and
+one exp2 a pair are the limit: T = 4096, H = 32, D = 128, causal is 137 GFLOP, about 0.2 ms at the 650 TFLOP/s that an H200's
+matrix units sustain. Decode: k and v are read once for all query heads that share them, 2 S Hk D elements, and partial results
+of R D fp32 a split are written and read (R rows, 128 keys a split: 2 R / 128 of the keys' bytes in bf16, mostly in L2).
+Bandwidth is the limit: S = 32768, Hk = 8, D = 128 in bf16 is 134 MB, 31 us at the 4.3 TB/s that an H200's copies reach.
+
+Sources: Milakov and Gimelshein 2018 (online softmax); Dao 2023, arXiv:2307.08691; Dao et al. 2023, Flash-Decoding (splits).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _op
+from .._triton import Build, device_of, power_of_two
+
+# Up to this many rows (query tokens times query heads that share a key/value head) the decode kernel serves.
+DECODE_ROWS = 16
+# Keys of a split. Fixed, so that neither the batch nor the cache's capacity changes a row's bits: B = 1, Hk = 8, S = 2048 gives
+# 128 programs, about one for each of an H200's 132 multiprocessors.
+SPLIT = 128
+SPLITS = 16  # the reduction adds this many at a time
+REDUCE_D = 64  # elements of a row that one of its programs adds up
+LOG2E = math.log2(math.e)
+
+MAX_D = 512
+MAX_GRID = 65535  # of a grid's second and third dim
+MAX_STRIDE = 1 << 24  # of tokens: a tile of 128 of them spans less than 2^31 elements
+
+
+@triton.jit
+def _num_keys(lens_ptr, b, stride, S, HAS_LENS: tl.constexpr):
+    keys = S
+    if HAS_LENS:
+        keys = tl.minimum(tl.maximum(tl.load(lens_ptr + b * stride), 0), S).to(tl.int32)
+    return keys
+
+
+@triton.jit
+def _visible(keys, low, high, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Keys [begin, end) that a query at one of the positions low .. high sees before any mask; with low and high swapped,
+    those that all of them see."""
+    begin = keys * 0
+    end = keys
+    if CAUSAL:
+        end = tl.minimum(end, high + 1)
+    if HAS_WINDOW:
+        begin = tl.maximum(begin, low - window + 1)
+        end = tl.minimum(end, high + window)
+    return begin, tl.maximum(end, 0)
+
+
+@triton.jit
+def _tanh(x, PRECISE: tl.constexpr):
+    """1 - 2 / (e^2|x| + 1), safe where e^2|x| is infinite; its error is absolute, so that fp32 takes Cephes' polynomial for
+    small x."""
+    magnitude = tl.abs(x)
+    y = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
+    y = tl.where(x < 0.0, -y, y)
+    if PRECISE:
+        s = x * x
+        p = (((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1) * s - 3.33332819422e-1
+        y = tl.where(magnitude < 0.625, x + x * (s * p), y)
+    return y
+
+
+@triton.jit
+def _tile(
+    ptr, start, stride, keys, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr
+):  # fmt: skip
+    """Tokens [start, start + BLOCK_N) of k or v; zeros beyond D and, at an edge, from ``keys`` on, whatever lies there."""
+    n = tl.arange(0, BLOCK_N)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    at = ptr + tl.cast(start, tl.int64) * stride + (n * stride + d)  # in a tile 32 bits reach, see refuse()
+    if EDGE:
+        inside = n < keys - start
+        x = tl.load(at, mask=inside if BLOCK_D == D else inside & (d < D), other=0.0)
+    elif BLOCK_D == D:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=d < D, other=0.0)
+    return x
+
+
+@triton.jit
+def _walk(
+    acc, top, total, q, first, last, keys, position, k_ptr, v_ptr, stride_ks, stride_vs, mask_at, mask_row, stride_ms,
+    factor, c, softcap, window,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_MASK: tl.constexpr, ADDITIVE: tl.constexpr, SCALED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys [first, last) to (acc, top, total), the online softmax of the rows of q; first is a multiple of BLOCK_N.
+
+    The weight of a score z is 2^(c z - top), one fused multiply-add before the exp2, and top = c max(z) is rounded once, when
+    it is found: a product in 2^(top - new) would be fused anew and drift from tile to tile. An additive mask may hold the
+    lowest float, which c would turn into minus infinity: there top is max(z) and the weight 2^(c (z - top)).
+
+    mask_at (rows, 1) points at each row of the mask, mask_row (rows, 1) is whether there is such a row.
+    """
+    n = tl.arange(0, BLOCK_N)[None, :]
+    for start in range(first, last, BLOCK_N):
+        k = _tile(k_ptr, start, stride_ks, keys, D, BLOCK_N, BLOCK_D, EDGE)
+        z = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if HAS_SOFTCAP:
+            z = softcap * _tanh(z * factor, q.dtype == tl.float32)
+        elif SCALED:
+            z = z * factor
+        key = start + n
+        if HAS_MASK:
+            inside = mask_row
+            if EDGE:
+                inside = inside & (key < keys)
+            mask = tl.load(mask_at + key.to(tl.int64) * stride_ms, mask=inside, other=0)
+            if ADDITIVE:
+                z += mask.to(tl.float32)
+            else:
+                z = tl.where(mask != 0, z, float("-inf"))
+        if EDGE:
+            see = key < keys
+            if CAUSAL:
+                see = see & (key <= position)
+            if HAS_WINDOW:
+                see = see & (tl.abs(position - key) < window)
+            z = tl.where(see, z, float("-inf"))
+
+        if ADDITIVE:
+            new = tl.maximum(top, tl.max(z, 1))
+            shift = tl.where(new == float("-inf"), 0.0, new)  # where nothing is visible yet, -inf - -inf would be NaN
+            p = tl.exp2((z - shift[:, None]) * c)
+            correction = tl.exp2((top - shift) * c)
+        else:
+            new = tl.maximum(top, tl.max(z, 1) * c)
+            shift = tl.where(new == float("-inf"), 0.0, new)
+            p = tl.exp2(tl.fma(z, c, -shift[:, None]))
+            correction = tl.exp2(top - shift)
+        top = new
+        total = total * correction + tl.sum(p, 1)
+        v = _tile(v_ptr, start, stride_vs, keys, D, BLOCK_N, BLOCK_D, EDGE)
+        acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision="ieee")
+    return acc, top, total
+
+
+@triton.jit
+def _sink(sinks_ptr, at, ADDITIVE: tl.constexpr):
+    """A sink is a key of value 0 that each row has seen beforehand: top, in _walk's units; total is 1."""
+    sink = tl.load(sinks_ptr + at).to(tl.float32)
+    if not ADDITIVE:
+        sink = sink * 1.4426950408889634
+    return sink
+
+
+@triton.jit(do_not_specialize=["T", "S"])
+def _attention_prefill_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, lens_ptr, sinks_ptr, o_ptr,
+    T, S, G, factor, c, softcap, window,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_ob, stride_oh, stride_ot, stride_mb, stride_mh, stride_mt, stride_ms, stride_lens, stride_sinks,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_MASK: tl.constexpr, ADDITIVE: tl.constexpr, SCALED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_LENS: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """A program: BLOCK_M queries of one head. Tiles of keys that all of them see need no comparison."""
+    # Causal: the last queries see the most keys and go first, so that no long program is left at the end.
+    t0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    keys = _num_keys(lens_ptr, b, stride_lens, S, HAS_LENS)
+    m0 = tl.arange(0, BLOCK_M)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    row = m0 < T - t0
+    inside = row & (d < D)
+    q_at = q_ptr + b * stride_qb + h * stride_qh + t0.to(tl.int64) * stride_qt + (m0 * stride_qt + d)
+    q = tl.load(q_at, mask=inside, other=0.0)
+    k_ptr += b * stride_kb + h // G * stride_kh
+    v_ptr += b * stride_vb + h // G * stride_vh
+    mask_at = mask_ptr
+    if HAS_MASK:
+        mask_at = mask_ptr + b * stride_mb + h * stride_mh + (t0 + m0).to(tl.int64) * stride_mt
+
+    low = keys - T + t0
+    high = tl.minimum(low + BLOCK_M, keys) - 1
+    position = low + m0
+    begin, end = _visible(keys, low, high, window, CAUSAL, HAS_WINDOW)
+    all_begin, all_end = _visible(keys, high, low, window, CAUSAL, HAS_WINDOW)
+    first = begin // BLOCK_N * BLOCK_N
+    full = tl.cdiv(all_begin, BLOCK_N) * BLOCK_N
+    edge = tl.maximum(all_end // BLOCK_N * BLOCK_N, full)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if HAS_SINKS:
+        top = tl.zeros([BLOCK_M], tl.float32) + _sink(sinks_ptr, h * stride_sinks, ADDITIVE)
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
+    else:
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_WINDOW:
+        acc, top, total = _walk(
+            acc, top, total, q, first, tl.minimum(full, end), keys, position,
+            k_ptr, v_ptr, stride_ks, stride_vs, mask_at, row, stride_ms,
+            factor, c, softcap, window, D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP,
+        )  # fmt: skip
+    acc, top, total = _walk(
+        acc, top, total, q, full, edge, keys, position, k_ptr, v_ptr, stride_ks, stride_vs, mask_at, row, stride_ms,
+        factor, c, softcap, window, D, BLOCK_N, BLOCK_D, False, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP,
+    )  # fmt: skip
+    acc, top, total = _walk(
+        acc, top, total, q, edge, end, keys, position, k_ptr, v_ptr, stride_ks, stride_vs, mask_at, row, stride_ms,
+        factor, c, softcap, window, D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP,
+    )  # fmt: skip
+
+    o = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # a row that sees no key has acc 0, and gives zeros
+    o_at = o_ptr + b * stride_ob + h * stride_oh + t0.to(tl.int64) * stride_ot + (m0 * stride_ot + d)
+    tl.store(o_at, o.to(q.dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "S"])
+def _attention_decode_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, lens_ptr, acc_ptr, top_ptr, total_ptr,
+    T, S, H, Hk, factor, c, softcap, window,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_mb, stride_mh, stride_mt, stride_ms, stride_lens,
+    D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_MASK: tl.constexpr, ADDITIVE: tl.constexpr, SCALED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_LENS: tl.constexpr,
+):  # fmt: skip
+    """A program: one split of the keys of one key/value head, for BLOCK_M of the T * G rows that share it, token-major."""
+    split = tl.program_id(0)
+    head = (tl.program_id(1) % Hk).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    keys = _num_keys(lens_ptr, b, stride_lens, S, HAS_LENS)
+    G = H // Hk
+    r0 = tl.program_id(1) // Hk * BLOCK_M
+    r = r0 + tl.arange(0, BLOCK_M)[:, None]
+    row = r < T * G
+    t = r // G
+    h = head * G + r % G
+    low = keys - T + r0 // G
+    high = keys - T + tl.minimum(r0 + BLOCK_M - 1, T * G - 1) // G
+    begin, end = _visible(keys, low, high, window, CAUSAL, HAS_WINDOW)
+    first = tl.maximum(begin, split * SPLIT)
+    last = tl.minimum(end, (split + 1) * SPLIT)
+    if first >= last:  # the reduction will not ask for this split
+        return
+
+    d = tl.arange(0, BLOCK_D)[None, :]
+    q_at = q_ptr + b * stride_qb + h * stride_qh + t.to(tl.int64) * stride_qt + d
+    q = tl.load(q_at, mask=row & (d < D), other=0.0)
+    k_ptr += b * stride_kb + head * stride_kh
+    v_ptr += b * stride_vb + head * stride_vh
+    mask_at = mask_ptr
+    if HAS_MASK:
+        mask_at = mask_ptr + b * stride_mb + h * stride_mh + t.to(tl.int64) * stride_mt
+    acc, top, total = _walk(
+        tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
+        tl.full([BLOCK_M], float("-inf"), tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+        q, first // BLOCK_N * BLOCK_N, last, keys, keys - T + t, k_ptr, v_ptr, stride_ks, stride_vs, mask_at, row, stride_ms,
+        factor, c, softcap, window, D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP,
+    )  # fmt: skip
+
+    at = ((b * H + h) * T + t) * tl.num_programs(0) + split  # scratch is (B, H, T, splits) and (B, H, T, splits, D)
+    tl.store(top_ptr + at, top[:, None], mask=row)
+    tl.store(total_ptr + at, total[:, None], mask=row)
+    tl.store(acc_ptr + at * D + d, acc, mask=row & (d < D))
+
+
+@triton.jit(do_not_specialize=["T", "S", "splits"])
+def _attention_reduce_kernel(
+    acc_ptr, top_ptr, total_ptr, lens_ptr, sinks_ptr, o_ptr,
+    T, S, splits, window, stride_ob, stride_oh, stride_ot, stride_lens, stride_sinks,
+    D: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, ADDITIVE: tl.constexpr, HAS_LENS: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """A program: BLOCK_D elements of one row of the output. It reads the splits whose keys the row sees, and no other: theirs
+    is memory that nobody wrote. Groups of SPLITS start at multiples of it, so that their number does not change a bit."""
+    h = (tl.program_id(0) // T).to(tl.int64)
+    t = tl.program_id(0) % T
+    b = tl.program_id(2).to(tl.int64)
+    keys = _num_keys(lens_ptr, b, stride_lens, S, HAS_LENS)
+    begin, end = _visible(keys, keys - T + t, keys - T + t, window, CAUSAL, HAS_WINDOW)
+    first = begin // SPLIT
+    last = tl.where(begin < end, tl.cdiv(end, SPLIT), first)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    if HAS_SINKS:
+        top = _sink(sinks_ptr, h * stride_sinks, ADDITIVE)
+        total = tl.full([], 1.0, tl.float32)
+    else:
+        top = tl.full([], float("-inf"), tl.float32)
+        total = tl.full([], 0.0, tl.float32)
+    row = (b * (tl.num_programs(0) // T) + h) * T + t
+    for start in range(first // SPLITS * SPLITS, last, SPLITS):
+        s = start + tl.arange(0, SPLITS)
+        live = (s >= first) & (s < last)
+        at = row * splits + s
+        part_top = tl.load(top_ptr + at, mask=live, other=float("-inf"))
+        part_total = tl.load(total_ptr + at, mask=live, other=0.0)
+        part = tl.load(acc_ptr + at[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+        new = tl.maximum(top, tl.max(part_top, 0))
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        weight = part_top - shift
+        correction = top - shift
+        if ADDITIVE:
+            weight = weight * 1.4426950408889634
+            correction = correction * 1.4426950408889634
+        weight = tl.exp2(weight)
+        correction = tl.exp2(correction)
+        top = new
+        total = total * correction + tl.sum(part_total * weight, 0)
+        acc = acc * correction + tl.sum(part * weight[:, None], 0)
+    o = acc / tl.where(total == 0.0, 1.0, total)
+    o_at = o_ptr + b * stride_ob + h * stride_oh + tl.cast(t, tl.int64) * stride_ot + d
+    tl.store(o_at, o.to(o_ptr.dtype.element_ty), mask=d < D)
+
+
+# BLOCK_D -> BLOCK_M, BLOCK_N, num_warps, num_stages: at most 96 KiB of shared memory for q and the stages of k and v (sm_86
+# and sm_120 have 99); accumulators, scores and weights in 128 registers a thread, which leaves room for addresses.
+_PREFILL_16 = {
+    16: (128, 64, 4, 3),
+    32: (128, 64, 4, 3),
+    64: (128, 64, 8, 3),
+    128: (128, 64, 8, 2),
+    256: (64, 32, 8, 2),
+    512: (32, 16, 8, 2),
+}
+_PREFILL_32 = {
+    16: (64, 32, 4, 2),
+    32: (64, 32, 4, 2),
+    64: (64, 32, 4, 2),
+    128: (32, 32, 8, 2),
+    256: (32, 16, 8, 2),
+    512: (16, 16, 8, 1),
+}
+# Decode waits for memory, not for the matrix units: tiles of keys as long as the stages fit.
+_DECODE_16 = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (64, 4, 2), 256: (32, 4, 2), 512: (16, 4, 2)}
+_DECODE_32 = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 2), 512: (16, 4, 1)}
+
+
+def _launch(kind: str, D: int, itemsize: int, masked: bool = False) -> dict[str, int]:
+    """Block sizes, warps and stages. A mask's tiles take shared memory and registers too: half of the keys leave room."""
+    block_d = max(16, power_of_two(D))  # a matrix instruction's least depth
+    if kind == "prefill":
+        block_m, block_n, num_warps, num_stages = (_PREFILL_32 if itemsize == 4 else _PREFILL_16)[block_d]
+        block_n = max(16, block_n // 2) if masked else block_n
+    else:
+        block_m = 16
+        block_n, num_warps, num_stages = (_DECODE_32 if itemsize == 4 else _DECODE_16)[block_d]
+    if torch.version.hip:
+        num_stages = 1  # 64 KiB of shared memory
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": num_warps, "num_stages": num_stages}
+
+
+def _decodes(T: int, G: int) -> bool:
+    """Whether the decode kernel serves; one token always, because prefill would read k and v once for each query head."""
+    return T * G <= DECODE_ROWS or T == 1
+
+
+def refuse(q: Tensor, k: Tensor, v: Tensor, mask: Any, *_: object) -> str | None:
+    B, H, _T, D = q.shape
+    if D > MAX_D:
+        return f"it holds head dims of up to {MAX_D}, not {D}"
+    if max(B, H) > MAX_GRID:
+        return f"it takes up to {MAX_GRID} sequences and heads"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(-1) != 1 and D != 1 and x.numel():
+            return f"it reads heads whose last dim has stride 1; {name} has stride {x.stride(-1)}"
+        if x.stride(2) >= MAX_STRIDE and x.shape[2] > 1:
+            return f"it reads tokens that lie less than {MAX_STRIDE} elements apart; {name} has stride {x.stride(2)}"
+    return None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    kv_lens: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    B, H, T, D = q.shape
+    Hk, S = k.shape[1], k.shape[2]
+    # (B, T, H, D) in memory: the model's reshape to (B, T, H * D) is then free.
+    o = _op.empty((B, T, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
+    if not o.numel():
+        return o
+    if window is not None and window >= S + T:  # wider than any distance: no need for its comparisons, nor for 64 bits
+        window = None
+    if mask is not None:
+        mask = mask.expand(B, H, T, S)
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    lens_stride = 0 if kv_lens is None else kv_lens.stride(0)
+    sinks_stride = 0 if sinks is None else sinks.stride(0)
+    additive = mask is not None and mask.dtype != torch.uint8
+    # Where scores may stay q . k until the exp2, nothing is rounded before the difference is taken. c must be above 0: the
+    # largest score is to have the largest exponent.
+    scaled = softcap is not None or additive or scale <= 0.0
+    numbers = (
+        scale if softcap is None else scale / softcap,
+        LOG2E if scaled else scale * LOG2E,
+        softcap or 0.0,
+        window or 0,
+    )
+    seen = {"CAUSAL": causal, "HAS_WINDOW": window is not None, "ADDITIVE": additive, "HAS_LENS": kv_lens is not None}
+    scores = {"HAS_MASK": mask is not None, "SCALED": scaled, "HAS_SOFTCAP": softcap is not None}
+    mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    with device_of(q):
+        if _decodes(T, H // Hk):
+            launch = _launch("decode", D, q.itemsize)
+            splits = max(1, triton.cdiv(S, SPLIT))  # of the shapes, never of kv_lens, so that a CUDA graph can hold the call
+            tiles = triton.cdiv(T * (H // Hk), launch["BLOCK_M"])
+            acc = _op.empty((B, H, T, splits, D), dtype=torch.float32, device=q.device)
+            top = _op.empty((B, H, T, splits), dtype=torch.float32, device=q.device)
+            total = _op.empty((B, H, T, splits), dtype=torch.float32, device=q.device)
+            _attention_decode_kernel[(splits, Hk * tiles, B)](
+                q, k, v, mask, kv_lens, acc, top, total, T, S, H, Hk, *numbers, *strides, *mask_strides, lens_stride,
+                D=D, SPLIT=SPLIT, **launch, **seen, **scores,
+            )  # fmt: skip
+            block_d = min(launch["BLOCK_D"], REDUCE_D)
+            _attention_reduce_kernel[(H * T, triton.cdiv(D, block_d), B)](
+                acc, top, total, kv_lens, sinks, o, T, S, splits, window or 0, *o.stride()[:3], lens_stride, sinks_stride,
+                D=D, SPLIT=SPLIT, SPLITS=SPLITS, BLOCK_D=block_d, HAS_SINKS=sinks is not None, **seen, num_warps=1,
+            )  # fmt: skip
+        else:
+            launch = _launch("prefill", D, q.itemsize, mask is not None)
+            _attention_prefill_kernel[(triton.cdiv(T, launch["BLOCK_M"]), H, B)](
+                q, k, v, mask, kv_lens, sinks, o, T, S, H // Hk, *numbers, *strides, *o.stride()[:3], *mask_strides,
+                lens_stride, sinks_stride, D=D, HAS_SINKS=sinks is not None, **launch, **seen, **scores,
+            )  # fmt: skip
+    return o
+
+
+def builds() -> Iterator[Build]:
+    types = {"T": "i32", "S": "i32", "window": "i32", "factor": "fp32", "c": "fp32", "softcap": "fp32"}
+    kv = [f"stride_{x}{dim}" for x in "kv" for dim in "bhs"]
+    heads = ["stride_qb", "stride_qh", "stride_qt", *kv]
+    out = ["stride_ob", "stride_oh", "stride_ot"]
+    # A plain call: no mask, lengths or sinks.
+    none = {"lens_ptr": None, "stride_lens": 0, "HAS_LENS": False, "HAS_WINDOW": False, "ADDITIVE": False}
+    no_mask = {
+        "mask_ptr": None,
+        **{f"stride_m{dim}": 0 for dim in "bhts"},
+        "HAS_MASK": False,
+        "SCALED": False,
+        "HAS_SOFTCAP": False,
+    }
+    no_sinks = {"sinks_ptr": None, "stride_sinks": 0, "HAS_SINKS": False}
+    for dtype in ("bf16", "fp16", "fp32"):
+        for D in (64, 80, 96, 128, 256):
+            for causal in (True, False):
+                name = f"D={D} {dtype}" + (" causal" if causal else "")
+                itemsize = 4 if dtype == "fp32" else 2
+                matrix = dtype != "fp32"
+                for kind, kernel in (("prefill", _attention_prefill_kernel), ("decode", _attention_decode_kernel)):
+                    launch = _launch(kind, D, itemsize)
+                    num_warps, num_stages = launch.pop("num_warps"), launch.pop("num_stages")
+                    pointers = {f"{x}_ptr": f"*{dtype}" for x in "qkv"}
+                    constants = {**none, **no_mask, **launch, "D": D, "CAUSAL": causal}
+                    if kind == "prefill":
+                        signature = {**pointers, "o_ptr": f"*{dtype}", **types, "G": "i32", **dict.fromkeys(heads + out, "i32")}
+                        aligned = tuple(heads + out)
+                        constants |= no_sinks
+                    else:
+                        scratch = {"acc_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32"}
+                        signature = {**pointers, **scratch, **types, "H": "i32", "Hk": "i32", **dict.fromkeys(heads, "i32")}
+                        aligned = tuple(heads)
+                        constants |= {"SPLIT": SPLIT}
+                    yield Build(kernel, f"{kind} {name}", signature, constants, num_warps, num_stages, matrix, aligned)
+                yield Build(
+                    _attention_reduce_kernel,
+                    f"reduce {name}",
+                    {
+                        **dict.fromkeys(("acc_ptr", "top_ptr", "total_ptr"), "*fp32"),
+                        "o_ptr": f"*{dtype}",
+                        **dict.fromkeys(("T", "S", "splits", "window", *out), "i32"),
+                    },
+                    {
+                        **none,
+                        **no_sinks,
+                        "D": D,
+                        "SPLIT": SPLIT,
+                        "SPLITS": SPLITS,
+                        "BLOCK_D": min(power_of_two(D), REDUCE_D),
+                        "CAUSAL": causal,
+                    },
+                    num_warps=1,
+                    aligned=tuple(out),
+                )
