@@ -47,8 +47,10 @@ rungs: build/built
 compile: $(VENV)/installed
 	$(PY) -m fastllm compile
 
+# Tests, verifies and benchmarks the Triton kernels with the PyTorch of GPU_PYTHON, which has to be a CUDA build.
+GPU_PYTHON ?= python3
 gpu:
-	@echo "make gpu would build the CUDA kernels and run the suite on a GPU; this version has no CUDA kernels."
+	$(GPU_PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf build dist *.egg-info fastllm/_cpu*.so

@@ -197,7 +197,8 @@ def _rows(spec: OpCases, case: Case, backend: str, isa: str, rivals: Sequence[st
                 rows.append(replace(blank, cache="cold", note="cold: more copies of the arguments than memory should hold"))
                 continue
             own = {name: sets if name == "ours" else [spec.held_by_torch(one) for one in sets] for name in calls}
-            times = in_turns(calls, own, cold=is_cold, seconds=seconds)
+            wait = torch.cuda.synchronize if device == "cuda" else None
+            times = in_turns(calls, own, cold=is_cold, seconds=seconds, wait=wait)
             cache = "cold" if is_cold else "warm"
             row = replace(blank, cache=cache, note=note, **_speeds(times), host_us=min(host, times["ours"].median * 1e6))
             # The limits are the CPU's.

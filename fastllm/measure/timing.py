@@ -59,6 +59,7 @@ def in_turns(
     cold: bool = False,
     seconds: float = 0.6,
     warmup: float = 0.1,
+    wait: Callable[[], Any] | None = None,
 ) -> dict[str, Timing]:
     """Time each callable on the same keyword arguments, in turns.
 
@@ -69,7 +70,9 @@ def in_turns(
         cold: whether each call's arguments must come from memory.
         seconds: the budget for all contestants together; at least five turns are taken whatever they cost.
         warmup: seconds of calls before, for each contestant (at least one call).
+        wait: called before the clock starts and before it stops: a GPU's ``synchronize``.
     """
+    wait = wait or (lambda: None)
     own = {name: argument_sets[name] if isinstance(argument_sets, Mapping) else argument_sets for name in calls}
     batch = {}
     for name, call in calls.items():
@@ -77,6 +80,7 @@ def in_turns(
         while True:
             start = time.perf_counter()
             call(**own[name][0])
+            wait()
             now = time.perf_counter()
             fastest = min(fastest, now - start)
             if now >= end:
@@ -96,9 +100,11 @@ def in_turns(
                     arguments = own[name][0]
                     call(**arguments)
                 count = batch[name]
+                wait()
                 start = time.perf_counter()
                 for _ in range(count):
                     call(**arguments)
+                wait()
                 samples[name].append((time.perf_counter() - start) / count)
             turn += 1
     finally:
