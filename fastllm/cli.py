@@ -89,7 +89,13 @@ def _add_cases(parser: argparse.ArgumentParser) -> None:
     add("--op", type=_names, action="extend", metavar="OP", help="these ops only, e.g. rms_norm or rms_norm,attention")
     add("--dtype", type=_names, action="extend", metavar="DTYPE", help="fp32, bf16, fp16 (default: all)")
     backends = ", ".join(BACKENDS)
-    add("--backend", type=_names, action="extend", metavar="NAME", help=f"{backends} (default: all but the reference)")
+    add(
+        "--backend",
+        type=_names,
+        action="extend",
+        metavar="NAME",
+        help=f"{backends} (default: what this machine can run, but the reference)",
+    )
 
 
 def _checked_backends(command: str, names: Sequence[str] | None) -> Sequence[str] | None:

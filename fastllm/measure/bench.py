@@ -37,6 +37,7 @@ from .verify import (
     forced,
     results,
     run_case,
+    runs_here,
     to_device,
 )
 
@@ -122,7 +123,7 @@ def bench_case(
     cold: bool = False,
     seconds: float = 0.6,
 ) -> list[Row]:
-    """The rows of one case: each backend (default: all but the reference), rung, number of threads, warm and if asked cold.
+    """The rows of one case: each backend (default: those that this machine can run, but the reference), rung, number of threads, warm and if asked cold.
 
     Args:
         isas: the CPU's rungs; default: the one in force.
@@ -138,7 +139,7 @@ def bench_case(
         for count in threads or (before,):
             torch.set_num_threads(count)
             for backend in names:
-                if backend in backends if backends else backend != "reference":
+                if backend in backends if backends else runs_here(backend):
                     for isa in (isas or ("",)) if backend == "cpu" else ("",):
                         rows += _rows(spec, case, backend, isa, rivals, cold, seconds)
     finally:

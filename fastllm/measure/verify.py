@@ -42,6 +42,7 @@ __all__ = [
     "refusal",
     "results",
     "run_case",
+    "runs_here",
     "select_cases",
     "to_device",
     "to_float64",
@@ -268,6 +269,13 @@ def device_of(backend: str) -> str:
     return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
 
 
+def runs_here(backend: str) -> bool:
+    """Whether this machine has anything for the backend to run on: what is left out where no backend is named."""
+    if backend in ("cuda", "triton"):
+        return torch.cuda.is_available() or (backend == "triton" and interpreting())
+    return backend != "reference"
+
+
 def checked_isas(command: str, isa: Sequence[str] | None) -> tuple[str, ...]:
     """The rungs that a command line names, or all of this machine's. Raises ValueError for one that it lacks."""
     rungs = isa_names()
@@ -280,11 +288,11 @@ def checked_isas(command: str, isa: Sequence[str] | None) -> tuple[str, ...]:
 def verify_case(
     spec: OpCases, case: Case, backends: Sequence[str] | None, isas: Sequence[str], slow: bool = False
 ) -> Iterator[Result]:
-    """One case on every backend that its op has (but the reference, unless it is named) and on every rung."""
+    """One case on every backend that its op has and this machine can run, or on the named ones, and on every rung."""
     inputs = case_inputs(spec, case)  # the references are computed where the case is run
     names = dict.fromkeys(b.name for op, _ in ops_reached(spec.call, (), inputs) for b in op.backends)
     for name in names:
-        if name in backends if backends else name != "reference":
+        if name in backends if backends else runs_here(name):
             reason = refusal(spec, to_device(inputs, device_of(name)), name)
             # Without the compiled module, one row says so.
             for isa in isas if name == "cpu" and isas else ("",):
