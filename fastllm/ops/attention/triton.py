@@ -339,9 +339,9 @@ _PREFILL_16 = {
 _PREFILL_32 = {
     16: (64, 32, 4, 2),
     32: (64, 32, 4, 2),
-    64: (64, 32, 4, 2),
-    128: (32, 32, 8, 2),
-    256: (32, 16, 8, 2),
+    64: (32, 32, 4, 2),
+    128: (32, 16, 8, 2),
+    256: (16, 16, 8, 2),
     512: (16, 16, 8, 1),
 }
 # Decode waits for memory, not for the matrix units: tiles of keys as long as the stages fit.
