@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _op
-from .._triton import Build, device_of, power_of_two
+from .._triton import COMPILER, Build, device_of, power_of_two
 
 # Up to this many rows (query tokens times query heads that share a key/value head) the decode kernel serves.
 DECODE_ROWS = 16
@@ -431,18 +431,18 @@ def attention(
             total = _op.empty((B, H, T, splits), dtype=torch.float32, device=q.device)
             _attention_decode_kernel[(splits, Hk * tiles, B)](
                 q, k, v, mask, kv_lens, acc, top, total, T, S, H, Hk, *numbers, *strides, *mask_strides, lens_stride,
-                D=D, SPLIT=SPLIT, **launch, **seen, **scores,
+                D=D, SPLIT=SPLIT, **launch, **seen, **scores, **COMPILER,
             )  # fmt: skip
             block_d = min(launch["BLOCK_D"], REDUCE_D)
             _attention_reduce_kernel[(H * T, triton.cdiv(D, block_d), B)](
                 acc, top, total, kv_lens, sinks, o, T, S, splits, window or 0, *o.stride()[:3], lens_stride, sinks_stride,
-                D=D, SPLIT=SPLIT, SPLITS=SPLITS, BLOCK_D=block_d, HAS_SINKS=sinks is not None, **seen, num_warps=1,
+                D=D, SPLIT=SPLIT, SPLITS=SPLITS, BLOCK_D=block_d, HAS_SINKS=sinks is not None, **seen, num_warps=1, **COMPILER,
             )  # fmt: skip
         else:
             launch = _launch("prefill", D, q.itemsize, mask is not None)
             _attention_prefill_kernel[(triton.cdiv(T, launch["BLOCK_M"]), H, B)](
                 q, k, v, mask, kv_lens, sinks, o, T, S, H // Hk, *numbers, *strides, *o.stride()[:3], *mask_strides,
-                lens_stride, sinks_stride, D=D, HAS_SINKS=sinks is not None, **launch, **seen, **scores,
+                lens_stride, sinks_stride, D=D, HAS_SINKS=sinks is not None, **launch, **seen, **scores, **COMPILER,
             )  # fmt: skip
     return o
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _op
-from .._triton import Build, device_of, power_of_two
+from .._triton import COMPILER, Build, device_of, power_of_two
 from .._triton_kernels import quantized_base
 
 BLOCK = 1024
@@ -79,7 +79,7 @@ def embedding(
         with device_of(data):
             _embedding_fwd_kernel[(ids.numel(), triton.cdiv(k, launch["BLOCK_K"]))](
                 ids.contiguous(), data, scale, minimum, y, n, k, data.shape[1], scale.shape[1], float(zero),
-                BITS=bits, GROUP=0 if scale.shape[1] == 1 else group_size, HAS_MINIMUM=minimum is not None, **launch,
+                BITS=bits, GROUP=0 if scale.shape[1] == 1 else group_size, HAS_MINIMUM=minimum is not None, **launch, **COMPILER,
             )  # fmt: skip
     return y
 

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _op
-from .._triton import Build, capability, device_of, power_of_two, rows
+from .._triton import COMPILER, Build, capability, device_of, power_of_two, rows
 from .._triton_kernels import quantized_base, quantized_column, row_start
 from .reference import TINY, activation_group
 
@@ -344,7 +344,7 @@ def _float(
         launch = _matvec_launch(lines)
         _matvec_fwd_kernel[(triton.cdiv(N, launch["BLOCK_N"]),)](
             x, dwords, scale, minimum, bias, y, N, K, lines, scale.shape[1], float(zero),
-            HAS_BIAS=bias is not None, **form, **launch,
+            HAS_BIAS=bias is not None, **form, **launch, **COMPILER,
         )  # fmt: skip
         return
     launch = _launch(M, x.dtype, bits, _roomy(x.device))
@@ -355,14 +355,14 @@ def _float(
     if arranged:
         side_by_side = _op.empty((columns, M, lines), dtype=x.dtype, device=x.device)
         _arrange_fwd_kernel[(triton.cdiv(M, 16), triton.cdiv(lines, 64))](
-            x, side_by_side, M, K, lines, *at.args, BLOCK_M=16, BLOCK_I=64, COLUMNS=columns, num_warps=4
+            x, side_by_side, M, K, lines, *at.args, BLOCK_M=16, BLOCK_I=64, COLUMNS=columns, num_warps=4, **COMPILER
         )
         x = side_by_side
     out = y if splits == 1 else _op.empty((splits, M, N), dtype=torch.float32, device=x.device)
     grid = (*tiles, splits)
     _quant_matmul_fwd_kernel[grid](
         x, dwords, scale, minimum, bias, out, M, N, K, lines, scale.shape[1], float(zero), each * launch["BLOCK_I"], *at.args,
-        ARRANGED=arranged, HAS_BIAS=bias is not None and splits == 1, **form, **launch,
+        ARRANGED=arranged, HAS_BIAS=bias is not None and splits == 1, **form, **launch, **COMPILER,
     )  # fmt: skip
     _add_splits(out, bias, y, splits, N)
 
@@ -371,7 +371,7 @@ def _add_splits(parts: Tensor, bias: Tensor | None, y: Tensor, splits: int, N: i
     if splits > 1:
         size = y.numel()
         _add_splits_fwd_kernel[(triton.cdiv(size, SUM_BLOCK),)](
-            parts, bias, y, N, size, SPLITS=splits, BLOCK=SUM_BLOCK, HAS_BIAS=bias is not None, num_warps=4
+            parts, bias, y, N, size, SPLITS=splits, BLOCK=SUM_BLOCK, HAS_BIAS=bias is not None, num_warps=4, **COMPILER
         )
 
 
@@ -386,7 +386,7 @@ def _int8(
     x_scale = _op.empty((2, steps, M), dtype=torch.float32, device=x.device)
     block_m = 2048 // group
     _quantize_fwd_kernel[(triton.cdiv(M, block_m), steps)](
-        x, q, x_scale[0], x_scale[1], M, K, steps, *at.args, BLOCK_M=block_m, BLOCK_K=group, num_warps=4
+        x, q, x_scale[0], x_scale[1], M, K, steps, *at.args, BLOCK_M=block_m, BLOCK_K=group, num_warps=4, **COMPILER
     )
     launch = _int8_launch(M, group)
     tiles = triton.cdiv(M, launch["BLOCK_M"]), triton.cdiv(N, launch["BLOCK_N"])
@@ -398,7 +398,7 @@ def _int8(
         M, N, data.shape[1], scale.shape[1], steps, float(zero), each,
         BITS=bits, GROUP_STEPS=0 if scale.shape[1] == 1 else group_size // group,
         HAS_MINIMUM=minimum is not None, HAS_OFFSET=minimum is not None or zero != 1 << bits - 1,
-        HAS_BIAS=bias is not None and splits == 1, **launch,
+        HAS_BIAS=bias is not None and splits == 1, **launch, **COMPILER,
     )  # fmt: skip
     _add_splits(out, bias, y, splits, N)
 
