@@ -7,6 +7,7 @@ between them, so that a machine that slows down slows both.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -133,11 +134,17 @@ class TransformersEngine:
         return self.model(ids).logits
 
 
-def _transformers_model(path: str, dtype: torch.dtype) -> Any:
+def _import_transformers() -> Any:
     try:
         import transformers
+        from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401  (a part is imported when it is named)
     except ImportError as error:
         raise ImportError("demo: the baseline needs transformers, expected from `pip install fastllm[demo]`") from error
+    return transformers
+
+
+def _transformers_model(path: str, dtype: torch.dtype) -> Any:
+    transformers = _import_transformers()
 
     from .models.loaders import read_checkpoint
     from .quant import QuantizedTensor
@@ -198,13 +205,20 @@ def _worker(name: str, path: str, threads: int | None) -> int:
 
     if threads:
         torch.set_num_threads(threads)
+    try:  # what the engine needs is imported at once, beside the other workers; loading is timed without it
+        importlib.import_module("fastllm.models.loaders") if name == "fastllm" else _import_transformers()
+    except ImportError as error:
+        answer(error=str(error))
+        return 1
     engine: Any = None
     with torch.inference_mode():
         for line in sys.stdin:
             order = json.loads(line)
             what = order.pop("do")
             try:
-                if what == "load":
+                if what == "start":
+                    answer()
+                elif what == "load":
                     start = time.perf_counter()
                     engine = (
                         FastllmEngine(path)
@@ -293,8 +307,11 @@ class _Engine:
         return self.receive()
 
     def close(self) -> None:
+        """Let the process end; the parent does not wait for it."""
         assert self._process.stdin is not None
         self._process.stdin.close()
+
+    def wait(self) -> None:
         self._process.wait(timeout=30)
 
 
@@ -313,11 +330,11 @@ def main(args: argparse.Namespace) -> int:
     results: dict[str, Any] = {key: {} for key in COLUMNS}
     console.print(f"Model: {path}", soft_wrap=True)
     with tempfile.TemporaryDirectory() as folder:
-        ours, fp32, bf16 = engines = [_Engine(name, path, args.threads) for name in ("fastllm", "baseline", "baseline_bf16")]
+        engines = [_Engine("fastllm", path, args.threads)]
         try:
-            for engine in engines:
-                with console.status(f"loading {engine.name} ..."):
-                    results[engine.name] |= engine.ask("load")
+            ours = engines[0]
+            with console.status("loading fastllm ..."):
+                results["fastllm"] |= ours.ask("load")
             results["fastllm_float"]["load_s"] = results["fastllm"]["load_s"]
             console.print(f"[bold]> {args.prompt}[/bold]")
             ours.send("stream", prompt=args.prompt, max_new_tokens=args.max_new_tokens, mode="fastllm")
@@ -325,12 +342,23 @@ def main(args: argparse.Namespace) -> int:
                 console.print(message["piece"], end="", soft_wrap=True, markup=False, highlight=False)
             console.print("\n")
             results["kernels"] = message["kernels"]
+            engines += [_Engine(name, path, args.threads) for name in ("baseline", "baseline_bf16")]  # they import side by side
+            fp32, bf16 = engines[1:]
+            parts = _quality_windows(path)
+            with console.status("importing transformers ..."):
+                for engine in (fp32, bf16):
+                    engine.ask("start")
+            for engine in (fp32, bf16):
+                with console.status(f"loading {COLUMNS[engine.name]} ..."):
+                    results[engine.name] |= engine.ask("load")
             _measure_speed(args, ours, fp32, bf16, results, console)
             others = {"fastllm": ours, "fastllm_float": ours, **({"baseline_bf16": bf16} if args.thorough else {})}
-            _measure_quality(path, fp32, others, Path(folder) / "logits.pt", results, console)
+            _measure_quality(parts, fp32, others, Path(folder) / "logits.pt", results, console)
         finally:
             for engine in engines:
                 engine.close()
+            for engine in engines:
+                engine.wait()
     results["agreement"] = results["fastllm"]["agreement"]
     results["machine"] = _machine()
     _print_table(results, console)
@@ -349,8 +377,8 @@ def _measure_speed(
         warm = {}
         for key, engine in places.items():
             status.update(f"speed, warming up: {COLUMNS[key]} ...")
-            warm[key] = engine.ask("prefill", mode=key, ids=ids[:128])["tok_s"]
-            engine.ask("decode", mode=key, ids=ids[:8], tokens=8)
+            warm[key] = engine.ask("prefill", mode=key, ids=ids[:64])["tok_s"]
+            engine.ask("decode", mode=key, ids=ids[:8], tokens=4)
         hopeless = warm["baseline_bf16"] < warm["baseline"] / 2 and not args.thorough  # no bf16 instructions: seconds a prompt
         for turn in range(args.rounds):
             for key, engine in places.items():
@@ -359,7 +387,9 @@ def _measure_speed(
                     ("prefill", {"ids": ids}),
                     ("decode", {"ids": ids[:DECODE_PROMPT], "tokens": DECODE_TOKENS}),
                 ]
-                for what, order in orders[1:] if key == "baseline_bf16" and hopeless else orders:
+                if key == "baseline_bf16" and hopeless:
+                    orders = orders[1:] if turn == 0 else []
+                for what, order in orders:
                     speeds.setdefault((key, what + "_tok_s"), []).append(engine.ask(what, mode=key, **order)["tok_s"])
     for (key, what), values in speeds.items():
         results[key][what] = statistics.median(values)
@@ -368,15 +398,18 @@ def _measure_speed(
         results[key] |= engine.ask("memory")
 
 
-def _measure_quality(
-    path: str, fp32: _Engine, others: dict[str, _Engine], file: Path, results: dict[str, Any], console: Any
-) -> None:
+def _quality_windows(path: str) -> list[list[int]]:
     from .evaluation.quality import windows
     from .models.loaders import read_checkpoint
 
     text = files("fastllm").joinpath("data/factbook.txt").read_text(encoding="utf-8")
     ids = read_checkpoint(path).tokenizer().encode(text, add_special_tokens=False)
-    parts = [w[0].tolist() for w in windows(ids)]
+    return [w[0].tolist() for w in windows(ids)]
+
+
+def _measure_quality(
+    parts: list[list[int]], fp32: _Engine, others: dict[str, _Engine], file: Path, results: dict[str, Any], console: Any
+) -> None:
     with console.status("quality: transformers fp32 ..."):
         results["baseline"] |= fp32.ask("save_logits", windows=parts, file=str(file))
     for key, engine in others.items():
