@@ -137,7 +137,7 @@ class TransformersEngine:
 def _import_transformers() -> Any:
     try:
         import transformers
-        from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401  (a part is imported when it is named)
+        from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  (a part is imported when it is named)
     except ImportError as error:
         raise ImportError("demo: the baseline needs transformers, expected from `pip install fastllm[demo]`") from error
     return transformers
