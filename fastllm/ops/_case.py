@@ -23,6 +23,7 @@ class Case:
         flops: floating-point or integer operations that it cannot avoid.
         arithmetic: which measured peak bounds them: "fp32", "int8" (byte dot products), "int4" (bytes by 4 bits) or "bf16" (bf16 dot products).
         bench: whether ``fastllm bench`` runs it; its shape then carries a model's name.
+        gpu: a shape of the size that GPUs are for, which no CPU test should wait for: ``bench`` runs it where there is a GPU.
         factor: replaces the 2 of the tolerance rule; ``because`` then says why.
     """
 
@@ -32,6 +33,7 @@ class Case:
     bytes: int = 0
     flops: int = 0
     bench: bool = False
+    gpu: bool = False
     factor: float = 2.0
     because: str = ""
     arithmetic: str = "fp32"
@@ -46,7 +48,7 @@ class OpCases:
         call: the public function.
         reference: plain PyTorch; given float64 inputs, it computes in float64.
         torch: what a PyTorch user would write, in the working dtype.
-        cases: the calls.
+        cases: the calls; those for GPUs alone are taken out of them into ``gpu_cases``.
         compute_bound: whether ``bench`` compares with the arithmetic peak rather than with bandwidth, per case.
         rival: the name of PyTorch's own way, for tables.
         held_by_torch: what a PyTorch user would hold in place of the arguments (a dequantised weight): ``bench`` makes it
@@ -63,3 +65,8 @@ class OpCases:
     held_by_torch: Callable[[dict[str, Any]], dict[str, Any]] = lambda inputs: inputs
     compute_bound: Callable[[Case], bool] = lambda case: False
     mutants: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    gpu_cases: Sequence[Case] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gpu_cases", tuple(case for case in self.cases if case.gpu))
+        object.__setattr__(self, "cases", tuple(case for case in self.cases if not case.gpu))

@@ -1,8 +1,8 @@
 """What the ops' Triton kernels share: when they can serve, how rows are addressed, how they are launched and listed.
 
-An op's ``triton.py`` holds its kernels and three functions: ``refuse`` (why these arguments can't be served), one that
-runs, and ``builds``, which lists each kernel with every launch that it may get, so that they can be compiled for GPUs that
-are not here (``fastllm compile``). The file is imported when a call first needs it: Triton costs a second and 70 MiB.
+An op's ``triton.py`` holds its kernels, their launch tables and three functions: ``refuse`` (why these arguments can't be served),
+one that runs, and ``builds``, which lists each kernel with every launch that it may get on a kind of GPU, so that they can be
+compiled for those that are not here (``fastllm compile``). The file is imported when a call first needs it: Triton costs a second and 70 MiB.
 """
 
 from __future__ import annotations
@@ -20,22 +20,18 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend
+from ._launch import gpu_of
 
-__all__ = ["COMPILER", "Build", "Rows", "backend", "capability", "device_of", "interpreting", "power_of_two", "rows"]
+__all__ = ["COMPILER", "Build", "Rows", "backend", "device_of", "interpreting", "power_of_two", "rows"]
 
 # a b + c rounds once, as in the CPU kernels. Triton 3.10 will not do that unless it is asked to.
 COMPILER = {"enable_fp_fusion": True}
 MIN_CAPABILITY = (8, 0)
-ASSUMED_CAPABILITY = (9, 0)  # of a CUDA tensor where there is no GPU: a FakeTensor
 
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors: right, and thousands of times too slow."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else ASSUMED_CAPABILITY
 
 
 def backend(package: str, run: str) -> Backend:
@@ -53,8 +49,8 @@ def backend(package: str, run: str) -> Backend:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed; `pip install triton` brings it"
         device = next(t.device for t in args if isinstance(t, Tensor))
-        if device.type == "cuda" and capability(device) < MIN_CAPABILITY:
-            return "it needs a GPU of compute capability 8.0 or newer, not {}.{}".format(*capability(device))
+        if device.type == "cuda" and (gpu := gpu_of(device))[:2] < MIN_CAPABILITY:
+            return f"it needs a GPU of compute capability 8.0 or newer, not {gpu.major}.{gpu.minor}"
         reason: str | None = module().refuse(*args)
         return reason
 
@@ -146,8 +142,8 @@ class Build:
         kernel: the ``triton.jit`` function.
         name: the launch in words, e.g. "K=2048 bf16 residual".
         signature: argument -> Triton type, e.g. "*bf16"; arguments that are not named are constants.
-        constants: compile-time values.
-        num_warps, num_stages: of the launch.
+        constants: compile-time values that the call's features decide.
+        launch: those of its launch table, num_warps and num_stages among them.
         matrix: whether its products must be matrix instructions.
         aligned: integer arguments that are multiples of 16, as the launcher's own specialisation would find.
     """
@@ -156,7 +152,6 @@ class Build:
     name: str
     signature: Mapping[str, str]
     constants: Mapping[str, Any]
-    num_warps: int = 4
-    num_stages: int = 3
+    launch: Mapping[str, Any] = field(default_factory=dict)
     matrix: bool = False
     aligned: tuple[str, ...] = field(default=())

@@ -136,6 +136,7 @@ def _cases() -> list[Case]:
             *shape: int,
             extra: Extra | None = None,
             bench: bool = False,
+            gpu: bool = False,
             _dtype: torch.dtype = dtype,
             **options: Any,
         ) -> None:
@@ -149,7 +150,7 @@ def _cases() -> list[Case]:
 
             size = (2 * B * H * T * D + 2 * B * Hk * S * D) * _dtype.itemsize
             flops = 4 * D * H * _visible_pairs(B, T, S, **options)
-            cases.append(Case(name, _dtype, make, size, flops, bench))
+            cases.append(Case(name, _dtype, make, size, flops, bench, gpu))
 
         # B, H, Hk, T, S, D
         add("llama-3.2-1b prefill 2048", 1, 32, 8, 2048, 2048, 64, bench=True)
@@ -158,6 +159,10 @@ def _cases() -> list[Case]:
         add("smollm2-135m prefill 512", 1, 9, 3, 512, 512, 64, bench=True)
         add("smollm2-135m decode 512", 1, 9, 3, 1, 512, 64, bench=True)
         add("llama-3.1-8b decode 2048", 1, 32, 8, 1, 2048, 128, bench=True)
+        if dtype == torch.bfloat16:
+            add("llama-3.1-8b prefill 8192", 1, 32, 8, 8192, 8192, 128, bench=True, gpu=True)
+            add("llama-3.1-8b decode 16384", 8, 32, 8, 1, 16384, 128, bench=True, gpu=True)
+            add("llama-3.1-8b decode 65536", 1, 32, 8, 1, 65536, 128, bench=True, gpu=True)
         add("causal T 131 S 131", 1, 4, 2, 131, 131, 64)
         add("causal T 37 S 200", 2, 6, 2, 37, 200, 32)
         add("causal T 50 S 20: the first see nothing", 1, 2, 2, 50, 20, 16)

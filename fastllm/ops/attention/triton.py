@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _op
+from .._launch import GPU, LaunchTable, warps
 from .._triton import COMPILER, Build, device_of, power_of_two
 
 # Up to this many rows (query tokens times query heads that share a key/value head) the decode kernel serves.
@@ -349,18 +350,42 @@ _DECODE_16 = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (64, 4, 2), 2
 _DECODE_32 = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 2), 512: (16, 4, 1)}
 
 
-def _launch(kind: str, D: int, itemsize: int, masked: bool = False) -> dict[str, int]:
-    """Block sizes, warps and stages. A mask's tiles take shared memory and registers too: half of the keys leave room."""
-    block_d = max(16, power_of_two(D))  # a matrix instruction's least depth
-    if kind == "prefill":
-        block_m, block_n, num_warps, num_stages = (_PREFILL_32 if itemsize == 4 else _PREFILL_16)[block_d]
-        block_n = max(16, block_n // 2) if masked else block_n
-    else:
-        block_m = 16
-        block_n, num_warps, num_stages = (_DECODE_32 if itemsize == 4 else _DECODE_16)[block_d]
-    if torch.version.hip:
-        num_stages = 1  # 64 KiB of shared memory
+def _block_d(D: int) -> int:
+    return max(16, power_of_two(D))  # a matrix instruction's least depth
+
+
+def _shipped_prefill(gpu: GPU, block_d: int, itemsize: int, masked: int) -> dict[str, Any]:
+    """A mask's tiles take shared memory and registers too: half of the keys leave room."""
+    block_m, block_n, num_warps, num_stages = (_PREFILL_32 if itemsize == 4 else _PREFILL_16)[block_d]
+    block_n = max(16, block_n // 2) if masked else block_n
+    return _launch(gpu, block_m, block_n, block_d, num_warps, num_stages)
+
+
+def _shipped_decode(gpu: GPU, block_d: int, itemsize: int) -> dict[str, Any]:
+    block_n, num_warps, num_stages = (_DECODE_32 if itemsize == 4 else _DECODE_16)[block_d]
+    return _launch(gpu, 16, block_n, block_d, num_warps, num_stages)
+
+
+def _launch(gpu: GPU, block_m: int, block_n: int, block_d: int, num_warps: int, num_stages: int) -> dict[str, Any]:
+    num_stages = 1 if gpu.hip else num_stages  # 64 KiB of shared memory
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": num_warps, "num_stages": num_stages}
+
+
+def _prefill_candidates(gpu: GPU, block_d: int, itemsize: int, masked: int) -> Iterator[dict[str, Any]]:
+    for block_m in (64, 128):
+        for block_n in (32, 64, 128):
+            for num_stages in (2, 3, 4):
+                yield from warps(_launch(gpu, block_m, block_n, block_d, 0, num_stages), 4, 8)
+
+
+def _decode_candidates(gpu: GPU, block_d: int, itemsize: int) -> Iterator[dict[str, Any]]:
+    for block_n in (16, 32, 64, 128):
+        for num_stages in (2, 3, 4):
+            yield from warps(_launch(gpu, 16, block_n, block_d, 0, num_stages), 2, 4, 8)
+
+
+_PREFILL_LAUNCHES = LaunchTable("attention_prefill", _shipped_prefill, _prefill_candidates)
+_DECODE_LAUNCHES = LaunchTable("attention_decode", _shipped_decode, _decode_candidates)
 
 
 def _decodes(T: int, G: int) -> bool:
@@ -423,7 +448,7 @@ def attention(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     with device_of(q):
         if _decodes(T, H // Hk):
-            launch = _launch("decode", D, q.itemsize)
+            launch = _DECODE_LAUNCHES(q.device, _block_d(D), q.itemsize)
             splits = max(1, triton.cdiv(S, SPLIT))  # of the shapes, never of kv_lens, so that a CUDA graph can hold the call
             tiles = triton.cdiv(T * (H // Hk), launch["BLOCK_M"])
             acc = _op.empty((B, H, T, splits, D), dtype=torch.float32, device=q.device)
@@ -439,7 +464,7 @@ def attention(
                 D=D, SPLIT=SPLIT, SPLITS=SPLITS, BLOCK_D=block_d, HAS_SINKS=sinks is not None, **seen, num_warps=1, **COMPILER,
             )  # fmt: skip
         else:
-            launch = _launch("prefill", D, q.itemsize, mask is not None)
+            launch = _PREFILL_LAUNCHES(q.device, _block_d(D), q.itemsize, int(mask is not None))
             _attention_prefill_kernel[(triton.cdiv(T, launch["BLOCK_M"]), H, B)](
                 q, k, v, mask, kv_lens, sinks, o, T, S, H // Hk, *numbers, *strides, *o.stride()[:3], *mask_strides,
                 lens_stride, sinks_stride, D=D, HAS_SINKS=sinks is not None, **launch, **seen, **scores, **COMPILER,
@@ -447,7 +472,7 @@ def attention(
     return o
 
 
-def builds() -> Iterator[Build]:
+def builds(gpu: GPU) -> Iterator[Build]:
     types = {"T": "i32", "S": "i32", "window": "i32", "factor": "fp32", "c": "fp32", "softcap": "fp32"}
     kv = [f"stride_{x}{dim}" for x in "kv" for dim in "bhs"]
     heads = ["stride_qb", "stride_qh", "stride_qt", *kv]
@@ -469,10 +494,10 @@ def builds() -> Iterator[Build]:
                 itemsize = 4 if dtype == "fp32" else 2
                 matrix = dtype != "fp32"
                 for kind, kernel in (("prefill", _attention_prefill_kernel), ("decode", _attention_decode_kernel)):
-                    launch = _launch(kind, D, itemsize)
-                    num_warps, num_stages = launch.pop("num_warps"), launch.pop("num_stages")
+                    size = _block_d(D), itemsize
+                    launch = _shipped_prefill(gpu, *size, 0) if kind == "prefill" else _shipped_decode(gpu, *size)
                     pointers = {f"{x}_ptr": f"*{dtype}" for x in "qkv"}
-                    constants = {**none, **no_mask, **launch, "D": D, "CAUSAL": causal}
+                    constants = {**none, **no_mask, "D": D, "CAUSAL": causal}
                     if kind == "prefill":
                         signature = {**pointers, "o_ptr": f"*{dtype}", **types, "G": "i32", **dict.fromkeys(heads + out, "i32")}
                         aligned = tuple(heads + out)
@@ -482,7 +507,7 @@ def builds() -> Iterator[Build]:
                         signature = {**pointers, **scratch, **types, "H": "i32", "Hk": "i32", **dict.fromkeys(heads, "i32")}
                         aligned = tuple(heads)
                         constants |= {"SPLIT": SPLIT}
-                    yield Build(kernel, f"{kind} {name}", signature, constants, num_warps, num_stages, matrix, aligned)
+                    yield Build(kernel, f"{kind} {name}", signature, constants, launch, matrix, aligned)
                 yield Build(
                     _attention_reduce_kernel,
                     f"reduce {name}",
@@ -497,9 +522,8 @@ def builds() -> Iterator[Build]:
                         "D": D,
                         "SPLIT": SPLIT,
                         "SPLITS": SPLITS,
-                        "BLOCK_D": min(power_of_two(D), REDUCE_D),
                         "CAUSAL": causal,
                     },
-                    num_warps=1,
+                    {"BLOCK_D": min(power_of_two(D), REDUCE_D), "num_warps": 1},
                     aligned=tuple(out),
                 )

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _op
+from .._launch import GPU, LaunchTable, warps
 from .._triton import COMPILER, Build, device_of, power_of_two
 from .._triton_kernels import quantized_base
 
@@ -48,10 +49,19 @@ def _embedding_fwd_kernel(
     tl.store(y_ptr + row * K + k, w.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(K: int) -> dict[str, Any]:
+def _shipped(gpu: GPU, columns: int) -> dict[str, Any]:
     """At most 8 elements a thread."""
-    block_k = min(power_of_two(K), BLOCK)
+    block_k = min(columns, BLOCK)
     return {"BLOCK_K": block_k, "num_warps": max(1, block_k // 256)}
+
+
+def _candidates(gpu: GPU, columns: int) -> Iterator[dict[str, Any]]:
+    for block_k in (BLOCK // 4, BLOCK // 2, BLOCK):
+        if block_k <= columns:
+            yield from warps({"BLOCK_K": block_k, "num_warps": 0}, block_k // 256, block_k // 128)
+
+
+_LAUNCHES = LaunchTable("embedding", _shipped, _candidates)
 
 
 def refuse(ids: Tensor, data: Tensor, scale: Tensor, minimum: Tensor | None, *form: Any) -> str | None:
@@ -75,7 +85,7 @@ def embedding(
 ) -> Tensor:
     y = _op.empty((*ids.shape, k), dtype=dtype, device=data.device)
     if y.numel():
-        launch = _launch(k)
+        launch = _LAUNCHES(data.device, power_of_two(k))
         with device_of(data):
             _embedding_fwd_kernel[(ids.numel(), triton.cdiv(k, launch["BLOCK_K"]))](
                 ids.contiguous(), data, scale, minimum, y, n, k, data.shape[1], scale.shape[1], float(zero),
@@ -84,12 +94,10 @@ def embedding(
     return y
 
 
-def builds() -> Iterator[Build]:
+def builds(gpu: GPU) -> Iterator[Build]:
     for dtype in ("bf16", "fp16", "fp32"):
         for K in (576, 2048, 4096):
             for bits, group, minimum in ((8, 32, False), (8, 0, False), (4, 32, True), (4, 128, True)):
-                launch = _launch(K)
-                num_warps = launch.pop("num_warps")
                 pointers = {"ids_ptr": "*i64", "w_ptr": "*u8", "scale_ptr": "*fp16", "y_ptr": f"*{dtype}"}
                 pointers |= {"minimum_ptr": "*fp16"} if minimum else {}
                 numbers = {"N": "i32", "K": "i32", "LINES": "i32", "GROUPS": "i32", "zero": "fp32"}
@@ -98,7 +106,7 @@ def builds() -> Iterator[Build]:
                     _embedding_fwd_kernel,
                     f"K={K} {dtype} int{bits} " + (f"g{group}" if group else "rows") + (" minimum" if minimum else ""),
                     {**pointers, **numbers},
-                    {**launch, **none, "BITS": bits, "GROUP": group, "HAS_MINIMUM": minimum},
-                    num_warps=num_warps,
+                    {**none, "BITS": bits, "GROUP": group, "HAS_MINIMUM": minimum},
+                    _shipped(gpu, power_of_two(K)),
                     aligned=("N", "K", "LINES"),
                 )

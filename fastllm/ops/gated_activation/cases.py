@@ -60,15 +60,20 @@ def _cases() -> list[Case]:
     cases = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
 
-        def add(name: str, *shape: int, bench: bool = False, _dtype: torch.dtype = dtype, **options: Any) -> None:
+        def add(
+            name: str, *shape: int, bench: bool = False, gpu: bool = False, _dtype: torch.dtype = dtype, **options: Any
+        ) -> None:
             count = torch.Size(shape).numel()
             make = _inputs(*shape, dtype=_dtype, **options)
-            cases.append(Case(name, _dtype, make, 3 * count * _dtype.itemsize, 25 * count, bench))
+            cases.append(Case(name, _dtype, make, 3 * count * _dtype.itemsize, 25 * count, bench, gpu))
 
         add("llama-3.2-1b prefill 512x8192", 512, 8192, bench=True)
         add("llama-3.2-1b decode 1x8192", 1, 8192, bench=True)
         add("llama-3.2-1b prefill 512x8192 fused", 512, 8192, bench=True, fused=True)
         add("smollm2-135m prefill 512x1536", 512, 1536, bench=True)
+        if dtype == torch.bfloat16:
+            add("llama-3.1-8b prefill 4096x14336", 4096, 14336, bench=True, gpu=True)
+            add("llama-3.1-8b prefill 16384x14336 fused", 16384, 14336, bench=True, gpu=True, fused=True)
         add("gelu 65x1536", 65, 1536, activation="gelu_tanh")
         add("gelu fused 3x7x131", 3, 7, 131, activation="gelu_tanh", fused=True)
         add("odd 3x7x131", 3, 7, 131)

@@ -7,12 +7,14 @@ reach about 4.3 TB/s, 4096 x 14336 bf16 is 352 MB, 82 us at best.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import _op
+from .._launch import GPU, LaunchTable, warps
 from .._triton import COMPILER, Build, device_of, power_of_two, rows
 from .._triton_kernels import row_start
 
@@ -39,9 +41,18 @@ def _gated_activation_fwd_kernel(
     tl.store(y_ptr + row.to(tl.int64) * columns + i, y.to(g.dtype), mask=inside)
 
 
-def _launch(columns: int) -> dict[str, int]:
-    block = min(BLOCK_I, max(32, power_of_two(columns)))
+def _shipped(gpu: GPU, columns: int) -> dict[str, Any]:
+    block = min(BLOCK_I, max(32, columns))
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
+
+
+def _candidates(gpu: GPU, columns: int) -> Iterator[dict[str, Any]]:
+    for block in (BLOCK_I // 2, BLOCK_I, BLOCK_I * 2, BLOCK_I * 4):
+        if block <= columns:
+            yield from warps({"BLOCK": block, "num_warps": 0}, block // 256, block // 128)
+
+
+_LAUNCHES = LaunchTable("gated_activation", _shipped, _candidates)
 
 
 def refuse(gate: Tensor, up: Tensor | None, *_: object) -> str | None:
@@ -58,7 +69,7 @@ def gated_activation(gate: Tensor, up: Tensor | None, activation: str) -> Tensor
         gate, up = gate.chunk(2, -1)
     columns = gate.shape[-1]
     y = _op.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    g, u, launch = rows(gate), rows(up), _launch(columns)
+    g, u, launch = rows(gate), rows(up), _LAUNCHES(gate.device, power_of_two(columns))
     assert g is not None  # refuse() has looked
     assert u is not None
     if y.numel():
@@ -69,17 +80,15 @@ def gated_activation(gate: Tensor, up: Tensor | None, activation: str) -> Tensor
     return y
 
 
-def builds() -> Iterator[Build]:
+def builds(gpu: GPU) -> Iterator[Build]:
     strides = {f"{t}_{name}": "i32" for t in "gu" for name in ("n1", "n2", "s0", "s1", "s2")}
     for dtype in ("bf16", "fp32"):
         for gelu in (False, True):
-            launch = _launch(8192)
-            num_warps = launch.pop("num_warps")
             yield Build(
                 _gated_activation_fwd_kernel,
                 f"I=8192 {dtype} {'gelu_tanh' if gelu else 'silu'}",
                 {"g_ptr": f"*{dtype}", "u_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "columns": "i32", **strides},
-                {**launch, "GELU_TANH": gelu},
-                num_warps=num_warps,
+                {"GELU_TANH": gelu},
+                _shipped(gpu, 8192),
                 aligned=("columns", "g_s2", "u_s2"),
             )

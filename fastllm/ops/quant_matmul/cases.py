@@ -104,7 +104,7 @@ def _cases() -> list[Case]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
 
         def add(name: str, m: int | tuple[int, ...], n: int, k: int, _dtype: torch.dtype = dtype, **options: Any) -> None:
-            bench = options.pop("bench", False)
+            bench, gpu = options.pop("bench", False), options.pop("gpu", False)
             bits, rows = options.get("bits", 4), torch.Size([m] if isinstance(m, int) else m).numel()
             group_size = options.get("group_size", 32)
             scales = n * (1 if group_size == -1 else k // group_size) * (2 if options.get("form") == "zero" else 4)
@@ -113,7 +113,7 @@ def _cases() -> list[Case]:
                 make = _inputs(m, n, k, _dtype, activations=activations, **options)
                 arithmetic = f"int{bits}" if activations == "int8" else "fp32"
                 title = f"{name} {activations} activations"
-                cases.append(Case(title, _dtype, make, size, 2 * rows * n * k, bench, arithmetic=arithmetic))
+                cases.append(Case(title, _dtype, make, size, 2 * rows * n * k, bench, gpu, arithmetic=arithmetic))
 
         for part, (n, k) in _LLAMA_1B.items():
             add(f"llama-3.2-1b {part} decode 1x{n}x{k} int4 g32", 1, n, k, bench=True)
@@ -132,6 +132,12 @@ def _cases() -> list[Case]:
             form="zero",
             bench=True,
         )
+        if dtype == torch.bfloat16:
+            for rows in (1, 16, 512, 4096):
+                shape = f"{rows}x14336x4096"
+                add(f"llama-3.1-8b gate {shape} int4 g128", rows, 14336, 4096, group_size=128, bench=True, gpu=True)
+                rows_only: dict[str, Any] = {"bits": 8, "group_size": -1, "form": "zero"}
+                add(f"llama-3.1-8b gate {shape} int8 rows", rows, 14336, 4096, bench=True, gpu=True, **rows_only)
         add("smollm2-135m qkv 1x960x576", 1, 960, 576)
         add("smollm2-135m down 5x576x1536", 5, 576, 1536)
         add("int4 g32 minimum 31x40x576", 31, 40, 576, bias=True)

@@ -24,13 +24,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _op
-from .._triton import COMPILER, Build, capability, device_of, power_of_two, rows
+from .._launch import GPU, LaunchTable, warps
+from .._triton import COMPILER, Build, device_of, power_of_two, rows
 from .._triton_kernels import quantized_base, quantized_column, row_start
 from .reference import TINY, activation_group
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: beside it an fp32 has no fraction left, so adding it rounds half to even
 SMALLEST = tl.constexpr(TINY)
 FEW = 16  # rows up to which a tile has 16 of them
+ROOMY = 160 << 10  # bytes of shared memory a block: NVIDIA's data centre GPUs have them; the others have 100 KiB, AMD's 64
 PROGRAMS = 256  # two a multiprocessor, on GPUs of about 130: below this K is split
 SUM_BLOCK = 1024
 
@@ -240,36 +242,62 @@ def _quant_matmul_int8_fwd_kernel(
 # ---------------------------------------------------------------- launches
 
 
-def _matvec_launch(lines: int) -> dict[str, Any]:
+def _shipped_matvec(gpu: GPU, lines: int) -> dict[str, Any]:
     """16 rows of the weight a program, 64 bytes a thread: some 20 KB are on their way into each multiprocessor."""
-    block_i = min(max(power_of_two(lines), 32), 256)
+    block_i = min(max(lines, 32), 256)
     return {"BLOCK_N": 16, "BLOCK_I": block_i, "num_warps": block_i // 32}
 
 
-def _roomy(device: torch.device) -> bool:
-    """Whether a program may have 160 KB of shared memory: NVIDIA's data centre GPUs; the others have 100, AMD's 64."""
-    return torch.version.hip is None and (capability(device)[0] in (9, 10) or capability(device) in ((8, 0), (8, 7)))
+def _matvec_candidates(gpu: GPU, lines: int) -> Iterator[dict[str, Any]]:
+    for block_i in (64, 128, 256, 512):
+        if block_i <= max(lines, 32):
+            yield from warps({"BLOCK_N": 16, "BLOCK_I": block_i, "num_warps": 0}, block_i // 64, block_i // 32)
 
 
-def _launch(M: int, dtype: torch.dtype, bits: int, roomy: bool) -> dict[str, Any]:
+def _bucket(M: int) -> int:
+    """Which numbers of rows share a launch: up to 16, up to 64, and then powers of two up to 4096 or more."""
+    return FEW if M <= FEW else 64 if M <= 64 else min(power_of_two(M), 4096)
+
+
+def _shipped(gpu: GPU, rows: int, itemsize: int, bits: int) -> dict[str, Any]:
     """Tiles of 128 columns of K. fp32 has no exact matrix instruction, so that its tiles must fit a thread's registers twice."""
     block_i = 128 * bits // 32
-    if M <= FEW:
+    if rows <= FEW:
         return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_I": block_i, "num_warps": 4, "num_stages": 3}
-    if dtype == torch.float32:
+    if itemsize == 4:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_I": 16, "num_warps": 8, "num_stages": 2}
-    if M <= 64:
+    if rows <= 64:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_I": block_i, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_M": 128 if roomy else 64, "BLOCK_N": 128, "BLOCK_I": block_i, "num_warps": 8, "num_stages": 3}
+    block_m = 128 if gpu.shared_bytes >= ROOMY else 64
+    return {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_I": block_i, "num_warps": 8, "num_stages": 3}
 
 
-def _int8_launch(M: int, group: int) -> dict[str, Any]:
+def _candidates(gpu: GPU, rows: int, itemsize: int, bits: int) -> Iterator[dict[str, Any]]:
+    base = _shipped(gpu, rows, itemsize, bits)
+    for block_n in (32, 64, 128, 256):
+        for stages in (2, 3, 4):
+            yield from warps({**base, "BLOCK_N": block_n, "num_stages": stages, "num_warps": 0}, 4, 8)
+
+
+def _shipped_int8(gpu: GPU, rows: int, group: int) -> dict[str, Any]:
     """Two sums an element are held, a group's and the whole: 128 x 128 of them would leave too few registers for scales."""
-    if M <= FEW:
+    if rows <= FEW:
         return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": group, "num_warps": 4, "num_stages": 4}
-    if M <= 64:
+    if rows <= 64:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": group, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": group, "num_warps": 8, "num_stages": 3}
+
+
+def _int8_candidates(gpu: GPU, rows: int, group: int) -> Iterator[dict[str, Any]]:
+    base = _shipped_int8(gpu, rows, group)
+    for block_n in (32, 64, 128):
+        for stages in (2, 3, 4):
+            yield from warps({**base, "BLOCK_N": block_n, "num_stages": stages, "num_warps": 0}, 4, 8)
+
+
+_MATVEC_LAUNCHES = LaunchTable("quant_matvec", _shipped_matvec, _matvec_candidates)
+_LAUNCHES = LaunchTable("quant_matmul", _shipped, _candidates)
+_INT8_LAUNCHES = LaunchTable("quant_matmul_int8", _shipped_int8, _int8_candidates)
 
 
 def _splits(tiles: int, steps: int) -> tuple[int, int]:
@@ -341,13 +369,13 @@ def _float(
         "HAS_MINIMUM": minimum is not None,
     }  # fmt: skip
     if M == 1:
-        launch = _matvec_launch(lines)
+        launch = _MATVEC_LAUNCHES(x.device, power_of_two(lines))
         _matvec_fwd_kernel[(triton.cdiv(N, launch["BLOCK_N"]),)](
             x, dwords, scale, minimum, bias, y, N, K, lines, scale.shape[1], float(zero),
             HAS_BIAS=bias is not None, **form, **launch, **COMPILER,
         )  # fmt: skip
         return
-    launch = _launch(M, x.dtype, bits, _roomy(x.device))
+    launch = _LAUNCHES(x.device, _bucket(M), x.element_size(), bits)
     tiles = triton.cdiv(M, launch["BLOCK_M"]), triton.cdiv(N, launch["BLOCK_N"])
     splits, each = _splits(tiles[0] * tiles[1], triton.cdiv(lines, launch["BLOCK_I"]))
     # Column c's activations lie COLUMNS elements apart: many rows are read often enough to be put side by side first.
@@ -388,7 +416,7 @@ def _int8(
     _quantize_fwd_kernel[(triton.cdiv(M, block_m), steps)](
         x, q, x_scale[0], x_scale[1], M, K, steps, *at.args, BLOCK_M=block_m, BLOCK_K=group, num_warps=4, **COMPILER
     )
-    launch = _int8_launch(M, group)
+    launch = _INT8_LAUNCHES(x.device, _bucket(M), group)
     tiles = triton.cdiv(M, launch["BLOCK_M"]), triton.cdiv(N, launch["BLOCK_N"])
     splits, each = _splits(tiles[0] * tiles[1], steps)
     out = y if splits == 1 else _op.empty((splits, M, N), dtype=torch.float32, device=x.device)
@@ -406,15 +434,15 @@ def _int8(
 # ---------------------------------------------------------------- for `fastllm compile`
 
 
-def builds() -> Iterator[Build]:
+def builds(gpu: GPU) -> Iterator[Build]:
     """Llama-3.2-1B's and 8B's shapes (N, K) in the formats of Q4_1, Q4_0, Q8_0, GPTQ and of whole rows."""
     forms = (4, 32, True), (4, 64, False), (4, 128, True), (8, 32, False), (8, 128, True), (8, -1, False)
     for dtype in ("bf16", "fp16", "fp32"):
         for bits, group, minimum in forms:
             for M in (1, 16, 64, 512):
-                yield from _float_builds(dtype, M, bits, group, minimum)
+                yield from _float_builds(gpu, dtype, M, bits, group, minimum)
                 if dtype == "bf16":  # int8 products see x's dtype in y's alone
-                    yield from _int8_builds(M, bits, group, minimum)
+                    yield from _int8_builds(gpu, M, bits, group, minimum)
         yield from _other_builds(dtype)
 
 
@@ -422,8 +450,8 @@ _ROWS = {f"x_{name}": "i32" for name in ("n1", "n2", "s0", "s1", "s2")}
 _ALIGNED = ("N", "K", "LINES", "GROUPS", "split_lines", "x_s2")
 
 
-def _float_builds(dtype: str, M: int, bits: int, group: int, minimum: bool) -> Iterator[Build]:
-    names, columns = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}, 32 // bits
+def _float_builds(gpu: GPU, dtype: str, M: int, bits: int, group: int, minimum: bool) -> Iterator[Build]:
+    columns = 32 // bits
     pointers = {"x_ptr": f"*{dtype}", "w_ptr": "*i32", "scale_ptr": "*fp16", "y_ptr": f"*{dtype}"}
     pointers |= {"minimum_ptr": "*fp16"} if minimum else {}
     numbers = {"N": "i32", "K": "i32", "LINES": "i32", "GROUPS": "i32", "zero": "fp32"}
@@ -432,32 +460,27 @@ def _float_builds(dtype: str, M: int, bits: int, group: int, minimum: bool) -> I
     words = f"M={M} {dtype} int{bits} " + (f"g{group}" if group > 0 else "rows") + (" minimum" if minimum else "")
     if M == 1:
         for lines in (256, 72):  # K = 2048 (4 bits) and more; SmolLM2's 576
-            launch = _matvec_launch(lines)
-            num_warps = launch.pop("num_warps")
-            constants, name = {**form, **launch}, f"LINES={lines} {words}"
-            yield Build(_matvec_fwd_kernel, name, {**pointers, **numbers}, constants, num_warps=num_warps, aligned=_ALIGNED)
+            name, launch = f"LINES={lines} {words}", _shipped_matvec(gpu, power_of_two(lines))
+            yield Build(_matvec_fwd_kernel, name, {**pointers, **numbers}, form, launch, aligned=_ALIGNED)
         return
-    for partial, roomy in ((False, True), (True, True)) if M <= 64 else ((False, True), (False, False)):
-        launch = _launch(M, names[dtype], bits, roomy)
-        num_warps, num_stages = launch.pop("num_warps"), launch.pop("num_stages")
+    launch = _shipped(gpu, _bucket(M), 4 if dtype == "fp32" else 2, bits)
+    for partial in (False, True) if M <= 64 else (False,):
         signature = {**pointers, "M": "i32", **numbers, "split_lines": "i32", **_ROWS}
         signature |= {"y_ptr": "*fp32"} if partial else {}
         yield Build(
             _quant_matmul_fwd_kernel,
-            words + (" split" if partial else "") + ("" if roomy else ", little shared memory"),
+            words + (" split" if partial else ""),
             signature,
-            {**form, **launch, "ARRANGED": M > FEW},
-            num_warps=num_warps,
-            num_stages=num_stages,
+            {**form, "ARRANGED": M > FEW},
+            launch,
             matrix=dtype != "fp32",
             aligned=_ALIGNED,
         )
 
 
-def _int8_builds(M: int, bits: int, group: int, minimum: bool) -> Iterator[Build]:
+def _int8_builds(gpu: GPU, M: int, bits: int, group: int, minimum: bool) -> Iterator[Build]:
     step = activation_group(group)
-    launch = _int8_launch(M, step)
-    num_warps, num_stages = launch.pop("num_warps"), launch.pop("num_stages")
+    launch = _shipped_int8(gpu, _bucket(M), step)
     pointers = {"q_ptr": "*i8", "x_scale_ptr": "*fp32", "x_sum_ptr": "*fp32", "w_ptr": "*u8", "scale_ptr": "*fp16"}
     pointers |= {"minimum_ptr": "*fp16"} if minimum else {}
     numbers: dict[str, str] = dict.fromkeys(("N", "LINES", "GROUPS", "STEPS", "split_steps"), "i32") | (
@@ -472,9 +495,8 @@ def _int8_builds(M: int, bits: int, group: int, minimum: bool) -> Iterator[Build
             _quant_matmul_int8_fwd_kernel,
             f"{words} to {y}",
             {**pointers, "y_ptr": f"*{y}", **numbers, "zero": "fp32"},
-            {**form, **launch},
-            num_warps=num_warps,
-            num_stages=num_stages,
+            form,
+            launch,
             matrix=True,
             aligned=("N", "LINES", "GROUPS", "STEPS"),
         )

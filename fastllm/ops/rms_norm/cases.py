@@ -67,11 +67,13 @@ def _cases() -> list[Case]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         size = dtype.itemsize
 
-        def add(name: str, *shape: int, bench: bool = False, _dtype: torch.dtype = dtype, **options: Any) -> None:
+        def add(
+            name: str, *shape: int, bench: bool = False, gpu: bool = False, _dtype: torch.dtype = dtype, **options: Any
+        ) -> None:
             count = torch.Size(shape).numel()
             passes = 4 if options.get("residual") else 2
             make = _inputs(*shape, dtype=_dtype, **options)
-            cases.append(Case(name, _dtype, make, passes * count * _dtype.itemsize, 4 * count, bench))
+            cases.append(Case(name, _dtype, make, passes * count * _dtype.itemsize, 4 * count, bench, gpu))
 
         add("llama-3.2-1b prefill 512x2048", 512, 2048, bench=True)
         add("llama-3.2-1b decode 1x2048", 1, 2048, bench=True)
@@ -85,6 +87,9 @@ def _cases() -> list[Case]:
         add("long 2x20011", 2, 20011)
         add("gemma 33x256", 33, 256, offset=1.0, rounding="gemma", residual=True)
         add("tiny values, eps matters 8x64", 8, 64, scale=1e-3, eps=1e-5)
+        if dtype == torch.bfloat16:
+            add("llama-3.1-70b prefill 4096x8192", 4096, 8192, bench=True, gpu=True)
+            add("llama-3.1-70b prefill 16384x8192 residual", 16384, 8192, bench=True, gpu=True, residual=True)
         cases.append(Case("outliers 5x576", dtype, _outliers(dtype), 2 * 5 * 576 * size))
     return cases
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _op
+from .._launch import GPU, LaunchTable, warps
 from .._triton import COMPILER, Build, device_of, power_of_two, rows
 from .._triton_kernels import row_start
 
@@ -97,11 +98,10 @@ def _rms_norm_fwd_kernel(
                 tl.store(h_ptr + out + at[None, :], h, mask=mask)
 
 
-def _launch(K: int) -> dict[str, Any]:
-    """Block sizes and warps for rows of K: at most 32 elements a thread, at least one warp of rows."""
-    if K > ONE_BLOCK:
+def _shipped(gpu: GPU, block_k: int) -> dict[str, Any]:
+    """Block sizes and warps for rows of up to block_k: at most 32 elements a thread, at least one warp of rows."""
+    if block_k > ONE_BLOCK:
         return {"BLOCK_M": 1, "BLOCK_K": LOOP_BLOCK, "ONE_PASS": False, "num_warps": 16}
-    block_k = power_of_two(K)
     block_m = max(1, TILE // block_k)
     return {
         "BLOCK_M": block_m,
@@ -109,6 +109,17 @@ def _launch(K: int) -> dict[str, Any]:
         "ONE_PASS": True,
         "num_warps": min(16, max(1, block_m * block_k // 1024)),
     }
+
+
+def _candidates(gpu: GPU, block_k: int) -> Iterator[dict[str, Any]]:
+    base = _shipped(gpu, block_k)
+    n = base["num_warps"]
+    yield from warps(base, n // 2, n * 2)
+    if block_k <= ONE_BLOCK // 2:  # twice the rows, or half of them
+        yield from warps({**base, "BLOCK_M": base["BLOCK_M"] * 2, "num_warps": 0}, n, n * 2)
+
+
+_LAUNCHES = LaunchTable("rms_norm", _shipped, _candidates)
 
 
 def refuse(x: Tensor, weight: Tensor | None, residual: Tensor | None, *_: object) -> str | None:
@@ -130,7 +141,7 @@ def rms_norm(
     other = at if residual is None else rows(residual)
     assert at is not None  # refuse() has looked
     assert other is not None
-    launch = _launch(K)
+    launch = _LAUNCHES(x.device, power_of_two(K))
     if x.numel():
         with device_of(x):
             _rms_norm_fwd_kernel[(triton.cdiv(at.count, launch["BLOCK_M"]),)](
@@ -140,13 +151,11 @@ def rms_norm(
     return y if h is None else (y, h)
 
 
-def builds() -> Iterator[Build]:
+def builds(gpu: GPU) -> Iterator[Build]:
     strides = {f"{t}_{name}": "i32" for t in "xr" for name in ("n1", "n2", "s0", "s1", "s2")}
     for dtype in ("bf16", "fp32"):
         for K in (64, 4096, 16384, 65536):
             for residual in (False, True):
-                launch = _launch(K)
-                num_warps = launch.pop("num_warps")
                 pointers = {"x_ptr": f"*{dtype}", "w_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
                 if residual:
                     pointers |= {"r_ptr": f"*{dtype}", "h_ptr": f"*{dtype}"}
@@ -155,7 +164,7 @@ def builds() -> Iterator[Build]:
                     _rms_norm_fwd_kernel,
                     f"K={K} {dtype}" + (" residual" if residual else ""),
                     {**pointers, "M": "i32", "K": "i32", "eps": "fp32", "offset": "fp32", **strides},
-                    {**launch, **none, "HAS_WEIGHT": True, "HAS_RESIDUAL": residual, "ROUND_FIRST": True},
-                    num_warps=num_warps,
+                    {**none, "HAS_WEIGHT": True, "HAS_RESIDUAL": residual, "ROUND_FIRST": True},
+                    _shipped(gpu, power_of_two(K)),
                     aligned=("K", "x_s2", "r_s2"),
                 )

@@ -150,13 +150,17 @@ def _cases() -> list[Case]:
     cases = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
 
-        def add(name: str, *shape: int, bench: bool = False, _dtype: torch.dtype = dtype, **options: Any) -> None:
+        def add(
+            name: str, *shape: int, bench: bool = False, gpu: bool = False, _dtype: torch.dtype = dtype, **options: Any
+        ) -> None:
             B, H, Hk, T, D = shape
             R = options.get("R", D)
             moved = 2 * B * (H + Hk) * T * D * _dtype.itemsize + 2 * T * R * 4
             make = _inputs(*shape, dtype=_dtype, **options)
-            cases.append(Case(name, _dtype, make, moved, 3 * B * (H + Hk) * T * R, bench))
+            cases.append(Case(name, _dtype, make, moved, 3 * B * (H + Hk) * T * R, bench, gpu))
 
+        if dtype == torch.bfloat16:
+            add("llama-3.1-8b prefill q 4x32x4096x128 k 4x8x4096x128", 4, 32, 8, 4096, 128, bench=True, gpu=True)
         add("llama-3.2-1b prefill q 1x32x512x64 k 1x8x512x64", 1, 32, 8, 512, 64, bench=True)
         add("llama-3.2-1b decode q 1x32x1x64 k 1x8x1x64", 1, 32, 8, 1, 64, bench=True)
         add("smollm2-135m prefill q 1x9x512x64 k 1x3x512x64", 1, 9, 3, 512, 64, bench=True)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _op
+from .._launch import GPU, LaunchTable, warps
 from .._triton import COMPILER, Build, device_of, power_of_two
 
 BLOCK_H = 8
@@ -103,7 +104,7 @@ def _rotary_fwd_kernel(
         )  # fmt: skip
 
 
-def _launch(D: int, R: int) -> dict[str, int]:
+def _shipped(gpu: GPU, D: int, R: int) -> dict[str, Any]:
     pairs, rest = power_of_two(R // 2), D - R
     return {
         "BLOCK_H": BLOCK_H,
@@ -112,6 +113,14 @@ def _launch(D: int, R: int) -> dict[str, int]:
         "BLOCK_D": power_of_two(D),
         "num_warps": min(8, max(1, BLOCK_H * pairs // 256)),
     }
+
+
+def _candidates(gpu: GPU, D: int, R: int) -> Iterator[dict[str, Any]]:
+    base = _shipped(gpu, D, R)
+    yield from warps(base, base["num_warps"] // 2, base["num_warps"] * 2)
+
+
+_LAUNCHES = LaunchTable("rotary", _shipped, _candidates)
 
 
 def _refuse_lanes(**tensors: Tensor) -> str | None:
@@ -161,7 +170,7 @@ def _run(
     B, H, T, D = q.shape
     Hk, R = k.shape[1], cos.shape[-1]
     table, cache = positions is not None and cos.dim() == 2, v_out is not None
-    launch = _launch(D, R)
+    launch = _LAUNCHES(q.device, D, R)
     blocks = triton.cdiv(H, BLOCK_H) + (2 if cache else 1) * triton.cdiv(Hk, BLOCK_H)
     if B * T == 0 or blocks == 0:
         return
@@ -204,7 +213,7 @@ def apply_rotary_cache(
     return q_out
 
 
-def builds() -> Iterator[Build]:
+def builds(gpu: GPU) -> Iterator[Build]:
     names = [f"{t}_{s}" for t in ("q", "k", "v", "qo", "ko", "vo") for s in ("sb", "sh", "st")]
     names += [f"{t}_{s}" for t in ("cos", "sin") for s in ("sb", "sp")] + [
         f"{t}_{s}" for t in ("position", "slot") for s in ("sb", "st")
@@ -213,8 +222,6 @@ def builds() -> Iterator[Build]:
     for dtype in ("bf16", "fp32"):
         for D, R in ((64, 64), (128, 128), (256, 64)):
             for cache in (False, True):
-                launch = _launch(D, R)
-                num_warps = launch.pop("num_warps")
                 pointers = dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr"), f"*{dtype}")
                 pointers |= dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32")
                 extra = dict.fromkeys(("v_ptr", "v_out_ptr"), f"*{dtype}") | dict.fromkeys(("position_ptr", "slot_ptr"), "*i64")
@@ -223,12 +230,11 @@ def builds() -> Iterator[Build]:
                     f"D={D} R={R} {dtype}" + (" cache" if cache else ""),
                     {**pointers, **(extra if cache else {}), **integers},
                     {
-                        **launch,
                         **({} if cache else dict.fromkeys(extra)),
                         "TABLE": cache,
                         "CACHE": cache,
                         "INTERLEAVED": False,
                     },
-                    num_warps=num_warps,
+                    _shipped(gpu, D, R),
                     aligned=("D", "R", *names),
                 )
