@@ -27,7 +27,7 @@ from .errors import value_error
 
 __all__ = ["BACKENDS", "Backend", "cpu_module", "forced_backend", "info", "isa_names", "use_backend", "use_isa"]
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
+BACKENDS = ("cuda", "triton", "torch", "cpu", "reference")
 
 
 @dataclass(frozen=True)

@@ -310,7 +310,7 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--op", type=_names, action="extend", metavar="OP", help="e.g. rms_norm,attention (default: all)")
     add("--target", type=_names, action="extend", metavar="GPU", help="sm_80, sm_90, sm_100, sm_120, gfx942 (default: all)")
-    add("--quick", action="store_true", help="one launch of each table entry and dtype, not every feature and format")
+    add("--quick", action="store_true", help="one launch of each table entry in 16 and 32 bits, not every feature and format")
     add("--all", action="store_true", help="show every launch, not one line for each op and target")
     add("--json", nargs="?", const="-", metavar="FILE", help="write JSON here, or to standard output in place of the table")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -233,8 +234,6 @@ def test_real_model_speaks(real):
 @pytest.mark.parametrize("name", ["llama", "mistral with a window", "qwen2", "qwen3"])
 @pytest.mark.parametrize("activations", ["float", "int8"])
 def test_a_replayed_step_gives_the_bits_of_a_computed_one(name, activations, tmp_path):
-    from dataclasses import replace
-
     from fastllm.generation.decode import DecodeStep
     from fastllm.generation.loop import prefill
     from fastllm.quant import quantize
@@ -249,14 +248,14 @@ def test_a_replayed_step_gives_the_bits_of_a_computed_one(name, activations, tmp
         with torch.inference_mode():
             prefill(llama, prompts, cache)
     replayed, computed = DecodeStep(llama, caches[0]), DecodeStep(llama, caches[1])
-    computed._recordable = False
+    computed._record = computed._compute
     for step in range(20):
         ids = [3 + step, 90 - step]
         assert torch.equal(replayed(ids), computed(ids))
         for cache in caches:
             cache.lengths += 1
-    assert len(replayed._recording) == llama.kernel_calls
-    assert computed._recording is None
+    assert replayed._replay is not None
+    assert computed._replay is None
 
 
 def test_a_step_that_pytorch_helps_with_is_not_replayed(tmp_path):
@@ -267,5 +266,82 @@ def test_a_step_that_pytorch_helps_with_is_not_replayed(tmp_path):
     cache = llama.new_cache(1, 8)
     step = DecodeStep(llama, cache)
     first = step([5]).clone()
-    assert step._recording is None
+    assert step._replay is None
     assert not torch.equal(step([6]), first)
+
+
+class Graph:
+    """What torch.cuda.CUDAGraph does, without a GPU: capture runs nothing that counts, replay repeats it into the same memory."""
+
+    def __init__(self, step):
+        self.step, self.replays, self.fails = step, 0, False
+
+    def __enter__(self):
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def __exit__(self, *error):
+        pass
+
+    def replay(self):
+        self.replays += 1
+        self.logits = self.step._compute()
+        if self.step._logits is not None and self.replays > 1:
+            self.step._logits.copy_(self.logits)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_on_a_gpu_is_captured_once_and_replayed(tmp_path, monkeypatch, fails):
+    from fastllm.generation.decode import DecodeStep
+    from fastllm.generation.loop import prefill
+
+    save(ARCHITECTURES["llama"], tmp_path)
+    llama = fastllm.load(tmp_path).llama
+    caches = [llama.new_cache(1, 60) for _ in range(2)]
+    for cache in caches:
+        with torch.inference_mode():
+            prefill(llama, [ids_of(1, 9)[0].tolist()], cache)
+    captured, computed = DecodeStep(llama, caches[0]), DecodeStep(llama, caches[1])
+    computed._record = computed._compute
+    captured._record = captured._warm_up
+    graph = Graph(captured)
+    graph.fails = fails
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda made: made)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for token in range(5, 11):
+        assert torch.equal(captured([token]), computed([token]))
+        for cache in caches:
+            cache.lengths += 1
+    assert graph.replays == (0 if fails else 5)
+
+
+def test_a_forward_pass_stays_on_its_device(tmp_path, monkeypatch):
+    """On a device without memory, each op giving what its fake gives: whatever met the CPU's memory would be refused, and whatever
+    waited for a value would have none."""
+    from fastllm.nn.cache import Places
+    from fastllm.ops._op import Op
+    from fastllm.quant import quantize
+
+    monkeypatch.setattr(Op, "__call__", lambda self, *args: self.fake(*args))
+
+    save(ARCHITECTURES["qwen3"], tmp_path)
+    real = fastllm.load(tmp_path, weights="int4", group_size=32).llama
+
+    def moved(value):
+        if isinstance(value, list):
+            return [moved(v) for v in value]
+        if hasattr(value, "to"):
+            return value.to("meta")
+        fields = getattr(value, "__dataclass_fields__", {})
+        return replace(value, **{k: moved(getattr(value, k)) for k in fields}) if fields else value
+
+    table = moved(quantize(real.weights.embedding, 8, 32).pack())
+    llama = Llama(real.config, replace(moved(real.weights), embedding=table), moved(real.rope))
+    cache = llama.new_cache(2, 60)
+    ids = torch.empty(2, 1, dtype=torch.int64, device=llama.device)
+    places = Places(torch.empty_like(ids), torch.empty_like(ids[:, 0]), cache.capacity)
+    for at in (None, places):
+        logits = llama.head(llama.hidden_states(ids, cache, at))
+        assert logits.device.type == "meta"
+        assert logits.shape == (2, 1, real.config.vocab_size)

@@ -312,7 +312,7 @@ def test_jit_trace_records_the_op(op, args):
 def test_forced_backends(op, args):
     with pytest.raises(ValueError, match="use_backend: name is 'cudnn', expected one of"), fastllm.use_backend("cudnn"):
         pass
-    for name in ("cuda", "triton"):
+    for name in ("cuda", "triton", "torch"):
         with fastllm.use_backend(name), pytest.raises(NotImplementedError, match=f"^{op.name}: no backend .*{name}: "):
             run(op, args)
     with fastllm.use_backend("cpu"):

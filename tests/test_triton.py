@@ -27,20 +27,23 @@ pytestmark = pytest.mark.skipif(
 
 OPS = Path(fastllm.__file__).parent / "ops"
 CASES = [
-    pytest.param(spec, case, id=f"{spec.op}-{case.name}-{case.dtype}")
+    pytest.param(spec, case, backend, id=f"{spec.op}-{case.name}-{case.dtype}" + ("-torch" if backend == "torch" else ""))
     for spec in all_cases().values()
     for case in spec.cases
+    # "torch" writes a quantised weight out and hands the product to PyTorch; it takes no int8 activations.
+    for backend in (("triton", "torch") if spec.op == "quant_matmul" and "float" in case.name else ("triton",))
     if not too_slow(case, None, "triton")
 ]
 
 
-@pytest.mark.parametrize(("spec", "case"), CASES)
-def test_triton_kernel_is_within_the_rule(spec, case, poisoned):
-    why = refusal(spec, to_device(case_inputs(spec, case), device_of("triton")), "triton")
-    if why is not None:
-        pytest.skip(why)
-    with forced("triton"):
-        verdict = run_case(spec, case, device=device_of("triton"))
+@pytest.mark.parametrize(("spec", "case", "backend"), CASES)
+def test_triton_kernel_is_within_the_rule(spec, case, backend, poisoned):
+    device = device_of(backend)
+    with forced(backend):
+        why = refusal(spec, to_device(case_inputs(spec, case), device), backend)
+        if why is not None:
+            pytest.skip(why)
+        verdict = run_case(spec, case, device=device)
     assert verdict.ok, verdict.why
     poisoned.check()
 
@@ -74,6 +77,12 @@ WRONG = [
         "quantized_column(dwords, 0, c, BITS)",
     ),
     ("quant_matmul", "int8: the first group's scale for all", "group = step // GROUP_STEPS * 16", "group = 0 * GROUP_STEPS"),
+    (
+        "quant_matmul",
+        "written out: columns in another order",
+        "tl.join(w0, w2), tl.join(w1, w3)",
+        "tl.join(w0, w1), tl.join(w2, w3)",
+    ),
     ("quant_matmul", "the bias is left out", "        acc += tl.load(bias_ptr", "        acc += 0 * tl.load(bias_ptr"),
     ("rotary", "the cache's slot is off by one", "slot = tl.load(slot_ptr", "slot = 1 + tl.load(slot_ptr"),
 ]
@@ -94,11 +103,11 @@ def mutant(folder, old, new, path):
 @pytest.mark.parametrize(("folder", "what", "old", "new"), WRONG, ids=[f"{w[0]}-{w[1]}" for w in WRONG])
 def test_a_wrong_kernel_fails(folder, what, old, new, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, f"fastllm.ops.{folder}.triton", mutant(folder, old, new, tmp_path))
-    for spec, case in (p.values for p in CASES):
+    for spec, case, backend in (p.values for p in CASES):
         if importlib.import_module(spec.call.__module__).__package__ != f"fastllm.ops.{folder}":
             continue
-        with forced("triton"), poisoned_outputs() as memory:
-            verdict = run_case(spec, case, device=device_of("triton"))
+        with forced(backend), poisoned_outputs() as memory:
+            verdict = run_case(spec, case, device=device_of(backend))
             if not verdict.ok or memory.overrun():
                 return
     pytest.fail(f"no case of {folder} notices: {what}")

@@ -1,14 +1,15 @@
 """The decode step, recorded once and replayed: one call from Python instead of hundreds.
 
 A step of a given batch makes the same kernel calls on the same memory every time; ids, positions and lengths are read from
-tensors. So the first step runs with the compiled module writing its calls down, and the later ones only put the new numbers
-into those tensors and repeat the calls. What PyTorch itself computes is not written down: a step that needs it (float matrices,
-the reference backend) shows in the number of calls, and then runs from Python each time.
+tensors. So one step is written down, and the later ones only put the new numbers into those tensors and repeat the calls. On a
+CPU the compiled module writes its own calls down; what PyTorch itself computes is not written down, so that a step that needs it
+(float matrices, the reference backend) shows in the number of calls, and then runs from Python each time. On a GPU CUDA captures
+whatever is launched, PyTorch's kernels too; a step that waits for the GPU in between can't be captured, and runs from Python.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,8 @@ class Decoder(Protocol):
     def kernel_calls(self) -> int:
         """How many kernels hidden_states and head launch together if the compiled module serves every op."""
 
+    @property
+    def device(self) -> torch.device: ...
     def new_cache(self, batch: int, capacity: int) -> Any: ...
     def hidden_states(self, ids: Tensor, cache: Any, places: Places | None = None) -> Tensor: ...
     def head(self, hidden: Tensor) -> Tensor: ...
@@ -43,37 +46,60 @@ class DecodeStep:
     def __init__(self, model: Decoder, cache: Any) -> None:
         self._model, self._cache = model, cache
         batch = len(cache.lengths)
-        self._ids = torch.zeros(batch, 1, dtype=torch.int64)
+        self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
         # Attention looks at the whole cache and reads from kv_lens where it ends.
-        self._places = Places(torch.zeros_like(self._ids), torch.zeros(batch, dtype=torch.int64), cache.capacity)
+        self._places = Places(torch.zeros_like(self._ids), torch.zeros_like(self._ids[:, 0]), cache.capacity)
         self._logits: Tensor | None = None
-        self._recording: Any = None
-        self._recordable = cpu_module() is not None
+        self._replay: Callable[[], Any] | None = None
+        self._record = {"cpu": self._record_calls, "cuda": self._warm_up}.get(model.device.type, self._compute)
 
     @torch.inference_mode()
     def __call__(self, ids: Sequence[int]) -> Tensor:
         assert self._places.kv_lens is not None
         self._ids.copy_(torch.tensor(ids)[:, None])
         self._places.positions.copy_(self._cache.lengths[:, None])
-        torch.add(self._cache.lengths, 1, out=self._places.kv_lens)
-        if self._recording is not None:
-            self._recording.replay()
+        self._places.kv_lens.copy_(self._cache.lengths + 1)
+        if self._replay is not None:
+            self._replay()
             assert self._logits is not None
             return self._logits
-        self._logits = self._record() if self._recordable else self._compute()
+        self._logits = self._record()
         return self._logits
 
     def _compute(self) -> Tensor:
         return self._model.head(self._model.hidden_states(self._ids, self._cache, self._places)[:, -1])
 
-    def _record(self) -> Tensor:
-        recording: Any = cpu_module().Recording()  # type: ignore[union-attr]
+    def _record_calls(self) -> Tensor:
+        """Computes the step while the compiled module writes its calls down."""
+        module: Any = cpu_module()
+        self._record = self._compute
+        if module is None:
+            return self._compute()
+        recording = module.Recording()
         recording.start()
         try:
             logits = self._compute()
         finally:
             recording.stop()
-        self._recordable = len(recording) == self._model.kernel_calls
-        if self._recordable:
-            self._recording = recording
+        if len(recording) == self._model.kernel_calls:
+            self._replay = recording.replay
+        return logits
+
+    def _warm_up(self) -> Tensor:
+        """The first step compiles and loads kernels, which a capture could not hold; the next one is captured."""
+        self._record = self._capture
+        return self._compute()
+
+    def _capture(self) -> Tensor:
+        """Captures the step, which computes nothing yet, and replays it."""
+        self._record = self._compute
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                logits = self._compute()
+        except RuntimeError:  # something waited for the GPU: the reference backend reads lengths
+            torch.cuda.synchronize()
+            return self._compute()
+        graph.replay()
+        self._replay = graph.replay
         return logits

@@ -33,7 +33,7 @@ def prefill(model: Decoder, prompts: Sequence[Sequence[int]], cache: Any) -> Ten
     for start in range(0, longest, PREFILL_CHUNK):
         stop = min(start + PREFILL_CHUNK, longest)
         cache.lengths.fill_(start)
-        hidden = model.hidden_states(ids[:, start:stop], cache)
+        hidden = model.hidden_states(ids[:, start:stop].to(model.device), cache)
         last += [(b, hidden[b, n - 1 - start]) for b, n in enumerate(lengths.tolist()) if start < n <= stop]
     cache.lengths.copy_(lengths)
     return model.head(torch.stack([row for _, row in sorted(last, key=lambda item: item[0])]))
@@ -81,7 +81,7 @@ def _generate(
     cache = model.new_cache(len(seen), min(context, max(map(len, seen)) + max_new_tokens))
     decode = DecodeStep(model, cache)
     with torch.inference_mode():
-        logits = prefill(model, prompts, cache)
+        logits = prefill(model, prompts, cache).cpu()  # where the draws are made
     for step in range(1, max_new_tokens + 1):
         tokens: list[int | None] = [None] * len(seen)
         for b in range(len(seen)):
@@ -98,5 +98,5 @@ def _generate(
         if step == max_new_tokens or not any(alive):
             return
         # A sequence that has ended goes on in the batch, over its own last slot: its output is never looked at.
-        logits = decode([s[-1] for s in seen])
+        logits = decode([s[-1] for s in seen]).cpu()
         cache.lengths += torch.tensor(alive, dtype=torch.int64)

@@ -63,6 +63,8 @@ DTYPES = {
 SCALAR_FLOPS = 500_000_000
 
 
+GPU_BACKENDS = ("cuda", "triton", "torch")
+
 # Triton's interpreter computes with numpy, one program after the other: some 10 MFLOP/s.
 INTERPRETED_FLOPS, INTERPRETED_BYTES = 5_000_000, 500_000
 
@@ -74,7 +76,7 @@ def too_slow(case: Case, isa: str | None, backend: str = "cpu") -> str:
     """
     if case.gpu:
         return "" if device_of(backend) == "cuda" else "a shape for GPUs"
-    if backend == "triton" and interpreting():
+    if backend in GPU_BACKENDS and interpreting():
         if case.flops > INTERPRETED_FLOPS or case.bytes > INTERPRETED_BYTES:
             return f"{case.flops / 1e6:.0f} MFLOP and {case.bytes / 1e6:.0f} MB in Triton's interpreter: --slow runs it"
     elif isa == "scalar" and case.flops > SCALAR_FLOPS:
@@ -270,13 +272,14 @@ class Result:
 
 def device_of(backend: str) -> str:
     """Where a backend's tensors live."""
-    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+    return "cuda" if backend in GPU_BACKENDS and torch.cuda.is_available() else "cpu"
 
 
 def runs_here(backend: str) -> bool:
-    """Whether this machine has anything for the backend to run on: what is left out where no backend is named."""
-    if backend in ("cuda", "triton"):
-        return torch.cuda.is_available() or (backend == "triton" and interpreting())
+    """Whether this machine has anything for the backend to run on: what is left out where no backend is named. ("torch" is a
+    product of PyTorch's behind a Triton kernel.)"""
+    if backend in GPU_BACKENDS:
+        return torch.cuda.is_available() or (backend != "cuda" and interpreting())
     return backend != "reference"
 
 
@@ -297,7 +300,8 @@ def verify_case(
     names = dict.fromkeys(b.name for op, _ in ops_reached(spec.call, (), inputs) for b in op.backends)
     for name in names:
         if name in backends if backends else runs_here(name):
-            reason = refusal(spec, to_device(inputs, device_of(name)), name)
+            with use_backend(name):  # where one is forced, a backend does not leave calls to faster ones
+                reason = refusal(spec, to_device(inputs, device_of(name)), name)
             # Without the compiled module, one row says so.
             for isa in isas if name == "cpu" and isas else ("",):
                 if reason is None and not slow and (late := too_slow(case, isa, name)):

@@ -78,9 +78,14 @@ class Llama:
         a_layer = 11 if self.config.qk_norm else 9
         return 1 + a_layer * self.config.num_layers + 2  # the embedding before, the last norm and the head after
 
+    @property
+    def device(self) -> torch.device:
+        """Where weights, cache, ids and logits live."""
+        return self.rope.cos.device
+
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         c = self.config
-        return KVCache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, self.dtype)
+        return KVCache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, self.dtype, self.device)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """(..., K) -> (..., N). Float matrices are PyTorch's own: oneDNN and MKL are hard to beat there."""

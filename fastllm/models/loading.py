@@ -29,6 +29,7 @@ def load(
     group_size: int = 64,
     activations: str = "float",
     context: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> LanguageModel:
     """Load a LLaMA-family checkpoint: Llama 1/2/3, SmolLM2, TinyLlama, Mistral, Qwen2, Qwen3.
 
@@ -41,6 +42,7 @@ def load(
         group_size: of that quantisation: 32, 64, 128, or -1 for whole rows.
         activations: "float", or "int8": quantised matrices then see their input rounded to int8, which is faster.
         context: most tokens in a sequence; default: the model's own, at most 8192.
+        device: "cpu", or a GPU ("cuda", "cuda:1"); tensors go there one by one.
 
     Raises:
         FileNotFoundError, ValueError: a file that is missing, truncated, corrupt, or does not fit its config.
@@ -52,6 +54,7 @@ def load(
         raise value_error("load", "weights", weights, "None, 'int8' or 'int4'")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise dtype_error("load", "dtype", dtype, "torch.float32, torch.bfloat16 or torch.float16")
+    device = _checked_device(device)
     checkpoint = read_checkpoint(path)
     config = checkpoint.config
     if context is None:
@@ -65,7 +68,7 @@ def load(
             )
     tokenizer = _tokenizer(checkpoint)  # first: what it needs for a moment is given back before the weights come
     bits = {None: None, "int8": 8, "int4": 4}[weights]
-    builder = _Builder(checkpoint.tensors, config, dtype, bits, group_size)
+    builder = _Builder(checkpoint.tensors, config, dtype, bits, group_size, device)
     model_weights = builder.weights()
     tables = rope_tables(
         head_dim=config.head_dim,
@@ -73,11 +76,24 @@ def load(
         rotary_dim=config.rotary_dim,
         rope_scaling=config.rope_scaling,
         max_positions=context,
+        device=device,
     )
     llama = Llama(config, model_weights, tables, dtype=builder.dtype, activations=activations)
     del checkpoint, builder  # the file's metadata, a vocabulary among it
     _give_back_freed_memory()
     return LanguageModel(llama, tokenizer, context)
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise value_error("load", "device", device, "'cpu' or a GPU: 'cuda', 'cuda:1'") from None
+    if found.type not in ("cpu", "cuda"):
+        raise value_error("load", "device", device, "'cpu' or a GPU: 'cuda', 'cuda:1'")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise value_error("load", "device", device, "'cpu', because torch.cuda.is_available() is False here")
+    return found
 
 
 def _give_back_freed_memory() -> None:
@@ -104,8 +120,9 @@ class _Builder:
         dtype: torch.dtype | None,
         bits: int | None,
         group_size: int,
+        device: torch.device,
     ) -> None:
-        self.tensors, self.config, self.bits, self.group_size = tensors, config, bits, group_size
+        self.tensors, self.config, self.bits, self.group_size, self.device = tensors, config, bits, group_size, device
         if dtype is None:
             stored = tensors["model.layers.0.self_attn.o_proj.weight"]
             quantised = isinstance(stored, QuantizedTensor) or bits is not None
@@ -139,7 +156,7 @@ class _Builder:
         value = self.tensors[name]
         if isinstance(value, QuantizedTensor):
             raise ValueError(f"load: {name} is quantised, expected a float vector")
-        return value.to(self.dtype)
+        return value.to(self.device, self.dtype)
 
     def matrix(self, *names: str, quantise: bool = True) -> Weight:
         """The matrices' rows one below the other, packed if quantised."""
@@ -148,6 +165,6 @@ class _Builder:
             parts = [p if isinstance(p, QuantizedTensor) else quantize(p, self.bits, self.group_size) for p in parts]
         quantised = [p for p in parts if isinstance(p, QuantizedTensor)]
         if len(quantised) == len(parts):
-            return (cat_rows(quantised) if len(parts) > 1 else quantised[0]).pack()
+            return (cat_rows(quantised) if len(parts) > 1 else quantised[0]).pack().to(self.device)
         floats = [p.dequantize(self.dtype) if isinstance(p, QuantizedTensor) else p.to(self.dtype) for p in parts]
-        return torch.cat(floats) if len(floats) > 1 else floats[0].contiguous()
+        return (torch.cat(floats) if len(floats) > 1 else floats[0].contiguous()).to(self.device)

@@ -58,7 +58,7 @@ class LanguageModel:
         if ids.shape[1] > self.context:
             raise shape_error("logits", "ids", ids.shape, f"at most {self.context} tokens", "to fit the model's context")
         cache = self.llama.new_cache(ids.shape[0], ids.shape[1])
-        return self.llama.head(self.llama.hidden_states(ids.long(), cache))
+        return self.llama.head(self.llama.hidden_states(ids.to(self.llama.device, torch.int64), cache))
 
     def generate(
         self,

@@ -33,21 +33,29 @@ class KVCache:
     Sequence b holds ``lengths[b]`` tokens in slots 0 .. lengths[b] - 1; a token's slot is its position.
 
     Args:
-        keys, values: one (B, Hk, S_max, D) tensor a layer.
+        keys, values: one (B, Hk, S_max, D) tensor a layer, on the cache's device. ``lengths`` stays on the CPU: Python plans with
+            it, and must not wait for a GPU to do so.
 
     Cost: 2 * num_layers * B * Hk * S_max * D elements.
     """
 
     def __init__(
-        self, num_layers: int, batch: int, num_kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype
+        self,
+        num_layers: int,
+        batch: int,
+        num_kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> None:
         for name, value in (("batch", batch), ("capacity", capacity)):
             if value < 1:
                 raise value_error("KVCache", name, value, "at least 1")
         shape = (batch, num_kv_heads, capacity, head_dim)
         # Zeroed, not merely reserved: a slot beyond a sequence's length is masked, but NaN times zero would still be NaN.
-        self.keys = [torch.zeros(shape, dtype=dtype) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype) for _ in range(num_layers)]
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.lengths = torch.zeros(batch, dtype=torch.int64)
         self.capacity = capacity
 
@@ -57,5 +65,6 @@ class KVCache:
 
     def places(self, tokens: int) -> Places:
         """Where ``tokens`` more tokens of each sequence stand."""
-        kv_lens = self.lengths + tokens
-        return Places(self.lengths[:, None] + torch.arange(tokens), kv_lens if self.batch > 1 else None, int(kv_lens.max()))
+        kv_lens, device = self.lengths + tokens, self.keys[0].device
+        positions = (self.lengths[:, None] + torch.arange(tokens)).to(device)
+        return Places(positions, kv_lens.to(device) if self.batch > 1 else None, int(kv_lens.max()))

@@ -34,15 +34,15 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def backend(package: str, run: str) -> Backend:
-    """The backend "triton" of the op in ``package``, whose ``triton.py`` has the functions ``run`` and ``refuse``."""
+def backend(package: str, run: str, refuse: str = "refuse", name: str = "triton") -> Backend:
+    """The backend of the op in ``package`` whose ``triton.py`` has the functions ``run`` and ``refuse``."""
 
     def module() -> Any:
         if interpreting():
             _mend_interpreter()
         return importlib.import_module(f"{package}.triton")
 
-    def refuse(*args: Any) -> str | None:
+    def refuses(*args: Any) -> str | None:
         for t in args:
             if isinstance(t, Tensor) and not (t.is_cuda or (t.is_cpu and interpreting())):
                 return f"it takes CUDA tensors, not {t.device.type} (TRITON_INTERPRET=1 runs it on the CPU, very slowly)"
@@ -51,13 +51,13 @@ def backend(package: str, run: str) -> Backend:
         device = next(t.device for t in args if isinstance(t, Tensor))
         if device.type == "cuda" and (gpu := gpu_of(device))[:2] < MIN_CAPABILITY:
             return f"it needs a GPU of compute capability 8.0 or newer, not {gpu.major}.{gpu.minor}"
-        reason: str | None = module().refuse(*args)
+        reason: str | None = getattr(module(), refuse)(*args)
         return reason
 
     def serve(*args: Any) -> Any:
         return getattr(module(), run)(*args)
 
-    return Backend("triton", serve, refuse)
+    return Backend(name, serve, refuses)
 
 
 @functools.cache

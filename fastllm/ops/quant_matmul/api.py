@@ -116,6 +116,7 @@ _op_quant_matmul = _op.Op(
     fake=_fake,
     backends=(
         Backend("cpu", native.quant_matmul, native.refuse),
+        _triton.backend(__package__, "dequantized_matmul", "refuse_dequantized", name="torch"),
         _triton.backend(__package__, "quant_matmul"),
         Backend("reference", _reference, _check.never_refuse),
     ),

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...backends import forced_backend
 from .. import _op
 from .._launch import GPU, LaunchTable, warps
 from .._triton import COMPILER, Build, device_of, power_of_two, rows
@@ -35,6 +36,12 @@ FEW = 16  # rows up to which a tile has 16 of them
 ROOMY = 160 << 10  # bytes of shared memory a block: NVIDIA's data centre GPUs have them; the others have 100 KiB, AMD's 64
 PROGRAMS = 256  # two a multiprocessor, on GPUs of about 130: below this K is split
 SUM_BLOCK = 1024
+DENSE_LINES = 32  # of a program that dequantises: 4 to 8 elements a thread and row
+# Rows, by bytes of an element, from which writing the weight out for cuBLAS is expected to pay. In bf16 that moves 4.5 bytes a
+# weight, 61 us for 14336 x 4096 at 4.3 TB/s, against 150 us of product at 1024 rows and 790 TFLOP/s; the fused kernel widens
+# each weight again for every 128 rows. fp32 has no matrix instruction to lose. Estimates: `fastllm bench --backend torch,triton`
+# on a GPU compares the two.
+DENSE_ROWS = {2: 1024, 4: 128}
 
 # ---------------------------------------------------------------- float activations
 
@@ -167,6 +174,34 @@ def _add_splits_fwd_kernel(
     if HAS_BIAS:
         y += tl.load(bias_ptr + at % N, mask=at < size, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _dequantize_fwd_kernel(
+    w_ptr, scale_ptr, minimum_ptr, out_ptr, N, K, LINES, GROUPS, zero,
+    BLOCK_I: tl.constexpr, BITS: tl.constexpr, GROUP_LINES: tl.constexpr, HAS_MINIMUM: tl.constexpr,
+):  # fmt: skip
+    """A program: BLOCK_I dwords of 16 rows, written as rows of K elements."""
+    COLUMNS: tl.constexpr = 32 // BITS
+    n = tl.program_id(0) * 16 + tl.arange(0, 16)
+    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    inside = i < LINES
+    dwords = tl.load(w_ptr + quantized_base(n, N, LINES)[:, None] + (i * 16)[None, :], mask=inside[None, :], other=0)
+    scale_row = scale_ptr + quantized_base(n, N, GROUPS)[:, None]
+    minimum_row = minimum_ptr + quantized_base(n, N, GROUPS)[:, None] if HAS_MINIMUM else scale_row
+    s, m = _scales(scale_row, minimum_row, i, inside, GROUP_LINES, HAS_MINIMUM)
+    # Joined by the highest bit of the column's number first, the last dim is the column: a thread writes neighbours.
+    w0, w2 = _weight(dwords, s, m, zero, 0, BITS, HAS_MINIMUM), _weight(dwords, s, m, zero, 2, BITS, HAS_MINIMUM)
+    w1, w3 = _weight(dwords, s, m, zero, 1, BITS, HAS_MINIMUM), _weight(dwords, s, m, zero, 3, BITS, HAS_MINIMUM)
+    if BITS == 4:
+        w0 = tl.join(w0, _weight(dwords, s, m, zero, 4, BITS, HAS_MINIMUM))
+        w1 = tl.join(w1, _weight(dwords, s, m, zero, 5, BITS, HAS_MINIMUM))
+        w2 = tl.join(w2, _weight(dwords, s, m, zero, 6, BITS, HAS_MINIMUM))
+        w3 = tl.join(w3, _weight(dwords, s, m, zero, 7, BITS, HAS_MINIMUM))
+    w = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape([16, BLOCK_I * COLUMNS])
+    k = tl.program_id(1) * BLOCK_I * COLUMNS + tl.arange(0, BLOCK_I * COLUMNS)
+    at = n.to(tl.int64)[:, None] * K + k[None, :]
+    tl.store(out_ptr + at, w.to(out_ptr.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
 
 
 # ---------------------------------------------------------------- int8 activations
@@ -357,6 +392,42 @@ def quant_matmul(
     return y
 
 
+def refuse_dequantized(x: Tensor, *args: Any) -> str | None:
+    if args[-1]:
+        return "PyTorch's product takes activations as they are, not in int8"
+    least, M = DENSE_ROWS[x.element_size()], x.numel() // max(x.shape[-1], 1)
+    if least > M and forced_backend() != "torch":
+        return f"below {least} rows the fused kernel reads fewer bytes in less time than dequantising would take"
+    return refuse(x, *args)
+
+
+def dequantized_matmul(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero: int,
+    layout: str,
+    int8_activations: bool,
+) -> Tensor:
+    """The weight written out in x's dtype by our kernel, then PyTorch's own product (cuBLAS), at N K more elements of memory."""
+    w, columns = _op.empty((n, k), dtype=x.dtype, device=x.device), 32 // bits
+    if w.numel():
+        lines = data.shape[1]
+        with device_of(x):
+            _dequantize_fwd_kernel[(triton.cdiv(n, 16), triton.cdiv(lines, DENSE_LINES))](
+                data.view(torch.int32), scale, minimum, w, n, k, lines, scale.shape[1], float(zero),
+                BLOCK_I=DENSE_LINES, BITS=bits, GROUP_LINES=0 if scale.shape[1] == 1 else group_size // columns,
+                HAS_MINIMUM=minimum is not None, num_warps=4, **COMPILER,
+            )  # fmt: skip
+    return torch.nn.functional.linear(x, w, bias)
+
+
 def _float(
     x: Tensor, data: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, y: Tensor,
     N: int, K: int, bits: int, group_size: int, zero: int,
@@ -444,6 +515,8 @@ def builds(gpu: GPU) -> Iterator[Build]:
                 if dtype == "bf16":  # int8 products see x's dtype in y's alone
                     yield from _int8_builds(gpu, M, bits, group, minimum)
         yield from _other_builds(dtype)
+        for bits, group, minimum in forms:
+            yield _dequantize_build(dtype, bits, group, minimum)
 
 
 _ROWS = {f"x_{name}": "i32" for name in ("n1", "n2", "s0", "s1", "s2")}
@@ -476,6 +549,19 @@ def _float_builds(gpu: GPU, dtype: str, M: int, bits: int, group: int, minimum: 
             matrix=dtype != "fp32",
             aligned=_ALIGNED,
         )
+
+
+def _dequantize_build(dtype: str, bits: int, group: int, minimum: bool) -> Build:
+    pointers = {"w_ptr": "*i32", "scale_ptr": "*fp16", "out_ptr": f"*{dtype}"} | ({"minimum_ptr": "*fp16"} if minimum else {})
+    form: dict[str, Any] = {"BITS": bits, "GROUP_LINES": max(group, 0) * bits // 32, "HAS_MINIMUM": minimum}
+    return Build(
+        _dequantize_fwd_kernel,
+        f"{dtype} int{bits} " + (f"g{group}" if group > 0 else "rows") + (" minimum" if minimum else ""),
+        {**pointers, "N": "i32", "K": "i32", "LINES": "i32", "GROUPS": "i32", "zero": "fp32"},
+        form | ({} if minimum else {"minimum_ptr": None}),
+        {"BLOCK_I": DENSE_LINES, "num_warps": 4},
+        aligned=("N", "K", "LINES", "GROUPS"),
+    )
 
 
 def _int8_builds(gpu: GPU, M: int, bits: int, group: int, minimum: bool) -> Iterator[Build]:
