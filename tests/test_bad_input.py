@@ -157,6 +157,8 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: fastllm.use_backend("tpu").__enter__(), ValueError, "use_backend: name is 'tpu'"),
     (lambda: fastllm.explain("rms_morn", X, W), ValueError, "rms_morn"),
     (lambda: fastllm.load("no/such/file.gguf"), FileNotFoundError, "no/such/file.gguf"),
+    (lambda: fastllm.load("x.gguf", device="tpu"), ValueError, "load: device is 'tpu'"),
+    (lambda: fastllm.load("x.gguf", device="mps"), ValueError, "load: device is 'mps'"),
 ]
 
 
