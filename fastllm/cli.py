@@ -303,6 +303,35 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+# ---------------------------------------------------------------- explain
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("op", help="e.g. rms_norm")
+    add(
+        "args",
+        nargs="*",
+        metavar="ARG",
+        help="a tensor by its shape (4x4096, int64:8), a quantised weight (int4:14336x4096:128), none, or name=value",
+    )
+    add("--dtype", default="bf16", choices=("fp32", "bf16", "fp16"), help="of tensors (default: %(default)s)")
+    add("--device", default="cpu", help="cpu or cuda, which need not be here (default: %(default)s)")
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from .measure.verify import DTYPES
+    from .ops._explain import described, explain
+
+    def one(text: str) -> Any:
+        return described(text, DTYPES[args.dtype], args.device)
+
+    named = dict(text.split("=", 1) for text in args.args if "=" in text)
+    options = {name: int(value) if value.isdigit() else one(value) for name, value in named.items()}
+    found = explain(args.op, *(one(text) for text in args.args if "=" not in text), **options)
+    return 0 if found.backend else 1
+
+
 # ---------------------------------------------------------------- compile
 
 
@@ -440,6 +469,16 @@ COMMANDS = {
             "fastllm bench --op rms_norm",
             'fastllm bench --shape "llama-3.2-1b decode" --rivals torch --threads 1,2 --cold',
             "fastllm bench --json benchmarks/results/$(hostname).json",
+        ),
+    ),
+    "explain": (
+        _add_explain,
+        _explain,
+        "say which backend would serve a call, and why the others do not, from shapes alone",
+        (
+            "fastllm explain rms_norm 4096x8192 8192 --device cuda",
+            "fastllm explain quant_matmul 16x4096 int4:14336x4096:128 activations=int8 --device cuda",
+            "fastllm explain attention 1x32x1x128 1x8x4096x128 1x8x4096x128 window=1024",
         ),
     ),
     "compile": (

@@ -68,6 +68,43 @@ def test_shapes_without_data_are_enough():
     assert fastllm.explain("rms_norm", torch.empty(4, 8, device="meta"), None).backend == "reference"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "serves"),
+    [
+        ("rms_norm 4096x8192 8192 --device cuda", "triton"),
+        ("rms_norm 4x64 none eps=1e-5", "cpu"),
+        ("attention 1x32x1x128 1x8x4096x128 1x8x4096x128 window=1024 causal=true --device cuda", "triton"),
+        ("quant_matmul 16x4096 int4:14336x4096:128 --device cuda", "triton"),
+        ("quant_matmul 4096x4096 int4:14336x4096:128 --device cuda", "torch"),
+        ("quant_matmul 4096x4096 int8:14336x4096:-1 activations=int8 --device cuda", "triton"),
+    ],
+)
+def test_a_command_line_describes_a_call_by_shapes(arguments, serves, capsys):
+    from fastllm.cli import main
+
+    if serves == "cpu" and not backends.cpu_module():
+        pytest.skip("the compiled module is not built")
+    if serves != "cpu":
+        pytest.importorskip("triton")
+    assert main(["explain", *arguments.split()]) == 0
+    assert f"-> {serves} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("quant_matmul 1x96 int4:32x96:64", "explain: group is 64, expected a divisor of 96"),
+        ("quant_matmul 1x96 int4:96", "expected a weight as in"),
+        ("rms_norm 4x64 32", "weight has shape"),
+    ],
+)
+def test_a_wrong_description_is_a_sentence(arguments, text, capsys):
+    from fastllm.cli import main
+
+    assert main(["explain", *arguments.split()]) != 0
+    assert text in capsys.readouterr().err
+
+
 def test_an_unknown_op_lists_the_ops():
     with pytest.raises(ValueError, match=r"explain: op is 'layer_norm', expected one of .*rms_norm"):
         fastllm.explain("layer_norm", torch.ones(2))

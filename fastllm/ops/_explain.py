@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import backends
 from ..errors import value_error
+from ..quant import QuantizedTensor
 from ._op import OPS, Op
 
-__all__ = ["Choice", "Explanation", "explain", "ops_reached", "rung_of"]
+__all__ = ["Choice", "Explanation", "described", "explain", "ops_reached", "rung_of"]
 
 
 @dataclass(frozen=True)
@@ -138,3 +140,51 @@ def _shown(value: Any) -> str:
         return f"{kind}[{'x'.join(map(str, value.shape))}]" + ("" if device.type == "cpu" else f" on {device}")
     text = repr(value)
     return text if len(text) <= 60 else f"{type(value).__name__}(...)"
+
+
+# ---------------------------------------------------------------- arguments in words
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+}
+_VALUES = {"none": None, "true": True, "false": False}
+_TENSOR = re.compile(r"(?:(?P<kind>fp32|bf16|fp16|int64|int32|bool|int4|int8):)?(?P<shape>\d+(?:x\d+)*)(?::(?P<group>-1|\d+))?")
+
+
+def described(text: str, dtype: torch.dtype, device: str) -> Any:
+    """An argument that a command line describes: a tensor that has a shape and no data, on a device that need not be there.
+
+    "4x4096" is a tensor of ``dtype``, "int64:8" one of another, "int4:14336x4096:128" a quantised weight in groups of 128 (64 where
+    nothing is said); "none", "true", "false", "0.5" and other words are themselves.
+
+    Raises: ValueError for a group that does not divide a weight's columns.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if text.lower() in _VALUES:
+        return _VALUES[text.lower()]
+    found = _TENSOR.fullmatch(text)
+    if found is None:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    shape, kind = tuple(map(int, found["shape"].split("x"))), found["kind"]
+    with FakeTensorMode():
+        if kind not in ("int4", "int8"):
+            return torch.empty(shape, dtype=_DTYPES[kind] if kind else dtype, device=device)
+        if len(shape) != 2:
+            raise value_error("explain", "argument", text, "a weight as in int4:14336x4096:128")
+        bits, (n, k) = int(kind[3:]), shape
+        group = k if found["group"] == "-1" else int(found["group"] or 64)
+        if group == 0 or k % group:
+            raise value_error("explain", "group", group, f"a divisor of {k}")
+        blocks, lines = -(-n // 16), -(-k // 8) * (8 * bits // 32)
+        data = torch.empty((blocks, lines, 64), dtype=torch.uint8, device=device)
+        scale = torch.empty((blocks, k // group, 16), dtype=torch.float16, device=device)
+    return QuantizedTensor(data, scale, None, 1 << (bits - 1), (n, k), bits, group, "x16")
