@@ -80,7 +80,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["bench", "--rivals", "jax"], "bench: --rivals is 'jax', expected torch, compile or both"),
+        (["bench", "--rivals", "jax"], "bench: --rivals is 'jax', expected torch, compile, others, or some of them"),
         (["bench", "--threads", "0"], "bench: --threads is 0, expected at least 1"),
         (["verify", "--backend", "cpus"], "verify: --backend is 'cpus', expected one of"),
         (["verify", "--isa", "mmx"], "verify: --isa is 'mmx', expected one of"),

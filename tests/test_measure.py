@@ -300,10 +300,10 @@ def test_a_missing_or_failing_compiler_is_a_reason_in_the_row(monkeypatch):
 def test_cold_arguments_fill_the_cache_twice(monkeypatch):
     monkeypatch.setattr(bench, "caches", lambda: limits.Caches(1 << 10, 1 << 20))
     inputs = {"x": torch.ones(1 << 16), "n": 3}
-    sets = bench._cold(inputs, 1 << 18)
+    sets = bench._cold(inputs, 1 << 18, bench._last_level("cpu"))
     assert len({one["x"].data_ptr() for one in sets}) == len(sets) == 8
     assert all(one["n"] == 3 and one["x"].equal(inputs["x"]) for one in sets)
-    assert bench._cold(inputs, 64) == []  # 32768 copies of 256 KiB
+    assert bench._cold(inputs, 64, 1 << 20) == []  # 32768 copies of 256 KiB
 
 
 # ---------------------------------------------------------------- tables and files

@@ -110,7 +110,7 @@ def checked_rivals(names: Sequence[str]) -> tuple[str, ...]:
     """The names, of RIVALS. Raises ValueError for another."""
     for name in names:
         if name not in RIVALS:
-            raise value_error("bench", "--rivals", name, "of torch, compile and others, as in torch,compile")
+            raise value_error("bench", "--rivals", name, "torch, compile, others, or some of them: torch,compile")
     return tuple(names)
 
 
