@@ -38,7 +38,7 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else ASSUMED_CAPABILITY
 
 
-def backend(package: str, run: str) -> Backend:
+def backend(package: str, run: str, note: str = "") -> Backend:
     """The backend "triton" of the op in ``package``, whose ``triton.py`` has the functions ``run`` and ``refuse``."""
 
     def module() -> Any:
@@ -61,7 +61,7 @@ def backend(package: str, run: str) -> Backend:
     def serve(*args: Any) -> Any:
         return getattr(module(), run)(*args)
 
-    return Backend("triton", serve, refuse)
+    return Backend("triton", serve, refuse, note)
 
 
 @functools.cache
