@@ -65,7 +65,7 @@ WRONG = [
     ),
     ("attention", "sinks are left out", "if HAS_SINKS:", "if False:"),
     ("attention", "kv_lens are not looked at", "if HAS_LENS:", "if False:"),
-    ("attention", "the softcap is left out", "z = softcap * _tanh(z * factor, q.dtype == tl.float32)", "z = z * factor"),
+    ("attention", "the softcap is left out", "z = softcap * tanh(z * factor, q.dtype == tl.float32)", "z = z * factor"),
     ("quant_matmul", "no minimum", "tl.fma(q, scale, minimum) if HAS_MINIMUM else q * scale", "q * scale"),
     (
         "quant_matmul",

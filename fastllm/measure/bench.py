@@ -201,7 +201,8 @@ def _rows(spec: OpCases, case: Case, backend: str, isa: str, rivals: Sequence[st
             wait = torch.cuda.synchronize if device == "cuda" else None
             times = in_turns(calls, own, cold=is_cold, seconds=seconds, wait=wait)
             cache = "cold" if is_cold else "warm"
-            row = replace(blank, cache=cache, note=note, **_speeds(times), host_us=min(host, times["ours"].median * 1e6))
+            said = "; ".join(filter(None, (case.by_torch, note)))
+            row = replace(blank, cache=cache, note=said, **_speeds(times), host_us=min(host, times["ours"].median * 1e6))
             # The limits are the CPU's.
             rows.append(replace(row, **_share(spec, case, times["ours"], written, is_cold)) if device == "cpu" else row)
         return rows

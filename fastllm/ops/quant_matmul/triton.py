@@ -321,8 +321,10 @@ def quant_matmul(
     zero: int,
     layout: str,
     int8_activations: bool,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    y = _op.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    """dtype: of y, where it is not x's: cross_entropy does not want its logits rounded."""
+    y = _op.empty((*x.shape[:-1], n), dtype=dtype or x.dtype, device=x.device)
     if y.numel():
         with device_of(x):
             (_int8 if int8_activations else _float)(x, data, scale, minimum, bias, y, n, k, bits, group_size, zero)
@@ -422,7 +424,14 @@ _ROWS = {f"x_{name}": "i32" for name in ("n1", "n2", "s0", "s1", "s2")}
 _ALIGNED = ("N", "K", "LINES", "GROUPS", "split_lines", "x_s2")
 
 
-def _float_builds(dtype: str, M: int, bits: int, group: int, minimum: bool) -> Iterator[Build]:
+def builds_to_fp32(M: int) -> Iterator[Build]:
+    """Where y is fp32 though x has 16 bits, as cross_entropy asks: Q8_0, the usual format of a head."""
+    yield from _float_builds("bf16", M, 8, 32, False, to_fp32=True)
+
+
+def _float_builds(
+    dtype: str, M: int, bits: int, group: int, minimum: bool, to_fp32: bool = False
+) -> Iterator[Build]:
     names, columns = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}, 32 // bits
     pointers = {"x_ptr": f"*{dtype}", "w_ptr": "*i32", "scale_ptr": "*fp16", "y_ptr": f"*{dtype}"}
     pointers |= {"minimum_ptr": "*fp16"} if minimum else {}
@@ -437,7 +446,8 @@ def _float_builds(dtype: str, M: int, bits: int, group: int, minimum: bool) -> I
             constants, name = {**form, **launch}, f"LINES={lines} {words}"
             yield Build(_matvec_fwd_kernel, name, {**pointers, **numbers}, constants, num_warps=num_warps, aligned=_ALIGNED)
         return
-    for partial, roomy in ((False, True), (True, True)) if M <= 64 else ((False, True), (False, False)):
+    launches = ((False, True), (True, True)) if M <= 64 else ((False, True), (False, False))
+    for partial, roomy in [(True, roomy) for _, roomy in launches[1:]] if to_fp32 else launches:
         launch = _launch(M, names[dtype], bits, roomy)
         num_warps, num_stages = launch.pop("num_warps"), launch.pop("num_stages")
         signature = {**pointers, "M": "i32", **numbers, "split_lines": "i32", **_ROWS}
