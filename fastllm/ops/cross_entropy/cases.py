@@ -100,16 +100,22 @@ def _cases() -> list[Case]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
 
         def add(
-            name: str, rows: int | tuple[int, ...], n: int, k: int, _dtype: torch.dtype = dtype, bench: bool = False, **options: Any
+            name: str,
+            rows: int | tuple[int, ...],
+            n: int,
+            k: int,
+            _dtype: torch.dtype = dtype,
+            bench: bool = False,
+            **options: Any,
         ) -> None:
             quantized = options.get("quantized")
             m = torch.Size([rows] if isinstance(rows, int) else rows).numel()
-            held = n * k * _dtype.itemsize
+            held, arithmetic = n * k * _dtype.itemsize, "fp32"
             if quantized is not None:
                 bits, group_size, form = quantized
                 held = n * k * bits // 8 + n * (1 if group_size == -1 else k // group_size) * (2 if form == "zero" else 4)
+                arithmetic = f"int{bits}" if options.get("activations") == "int8" else "fp32"
             size = held + m * (k * _dtype.itemsize + 8 + 4)
-            arithmetic = f"int{quantized[0]}" if options.get("activations") == "int8" else "fp32"
             make = _inputs(rows, n, k, _dtype, **options)
             by_torch = "" if quantized else "on the CPU, the product with a float weight is PyTorch's own"
             cases.append(Case(name, _dtype, make, size, 2 * m * n * k, bench, arithmetic=arithmetic, by_torch=by_torch))
@@ -127,6 +133,8 @@ def _cases() -> list[Case]:
         add("llama head, small 33x2000x64", 33, 2000, 64)
         add("several stretches and blocks of rows 1100x2100x16", 1100, 2100, 16, ignored=0.2)
         add("several stretches, int8 rows 1100x2100x16", 1100, 2100, 16, quantized=(8, -1, "zero"))
+        add("long vocabulary 5x33000x3", 5, 33000, 3)
+        add("long vocabulary, int8 g32 3x9000x32", 3, 9000, 32, quantized=_Q8_0)
         add("long rows, 16-bit weights are widened in parts 2x2077x3000", 2, 2077, 3000)
         add("odd 3x5x131x37", (3, 5), 131, 37, ignored=0.3)
         add("one token 1x1027x64", 1, 1027, 64)

@@ -85,7 +85,9 @@ def _cross_entropy_fwd_kernel(
             x = tl.load(x_row + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
             w = tl.load(w_row + k[:, None], mask=(k < K)[:, None] & (v < end)[None, :], other=0.0)
             z = tl.dot(x, w, z, input_precision="ieee")
-        top, total, picked = _take(z, v, end, target, top, total, picked, softcap, HAS_SOFTCAP, x_ptr.dtype.element_ty == tl.float32)
+        top, total, picked = _take(
+            z, v, end, target, top, total, picked, softcap, HAS_SOFTCAP, x_ptr.dtype.element_ty == tl.float32
+        )
     _leave(top_ptr, total_ptr, picked_ptr, tl.program_id(1), m, M, target, first, end, top, total, picked)
 
 
@@ -113,7 +115,17 @@ def _logits_fwd_kernel(
 
 @triton.jit
 def _loss_fwd_kernel(
-    top_ptr, total_ptr, picked_ptr, target_ptr, loss_ptr, M, V, PARTS, ignore_index, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr
+    top_ptr,
+    total_ptr,
+    picked_ptr,
+    target_ptr,
+    loss_ptr,
+    M,
+    V,
+    PARTS,
+    ignore_index,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """Adds the parts of BLOCK_M rows up, in fp64: few numbers, and the logarithm's last bits are the loss's."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -237,7 +249,7 @@ def _fused(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float) -> tu
 
 def _from_logits(
     hidden: Tensor, data: Tensor, scale: Tensor, minimum: Tensor | None, target: Tensor,
-    V: int, K: int, form: tuple[Any, ...], softcap: float,
+    V: int, K: int, form: tuple[int, int, int, str, bool], softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     M, x = target.numel(), hidden.reshape(-1, K)
     stretch = max(TILE // min(M, ROWS) // PART, 1) * PART

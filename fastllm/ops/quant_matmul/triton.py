@@ -429,9 +429,7 @@ def builds_to_fp32(M: int) -> Iterator[Build]:
     yield from _float_builds("bf16", M, 8, 32, False, to_fp32=True)
 
 
-def _float_builds(
-    dtype: str, M: int, bits: int, group: int, minimum: bool, to_fp32: bool = False
-) -> Iterator[Build]:
+def _float_builds(dtype: str, M: int, bits: int, group: int, minimum: bool, to_fp32: bool = False) -> Iterator[Build]:
     names, columns = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}, 32 // bits
     pointers = {"x_ptr": f"*{dtype}", "w_ptr": "*i32", "scale_ptr": "*fp16", "y_ptr": f"*{dtype}"}
     pointers |= {"minimum_ptr": "*fp16"} if minimum else {}
