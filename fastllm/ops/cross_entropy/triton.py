@@ -277,24 +277,28 @@ def builds() -> Iterator[Build]:
     """One head each of the launches, with a softcap and without; what a quantised weight's logits go through."""
     outputs = {"target_ptr": "*i64", "top_ptr": "*fp32", "total_ptr": "*fp32", "picked_ptr": "*fp32"}
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    strides = {f"x_{name}": "i32" for name in ("n1", "n2", "s0", "s1", "s2")}
+    strides = {f"x_{name}": "i32" for name in ("s0", "s1", "s2")}
     for dtype, torch_dtype in names.items():
         for M in (16, 64, 512):
             if dtype == "fp32" and M == 64:  # the launch of 512
                 continue
-            for softcap in (False, True):
+            for softcap, batch in ((False, False), (True, False), (False, True)):
                 launch = _launch(M, torch_dtype)
                 num_warps, num_stages = launch.pop("num_warps"), launch.pop("num_stages")
                 numbers = dict.fromkeys(("M", "V", "K", "split_tokens", "stride_wv"), "i32")
+                # The launcher makes an argument of 1 a constant.
+                rows_in, one = ({"x_n2": "i32"}, {}) if batch else ({}, {"x_n2": 1})
                 yield Build(
                     _cross_entropy_fwd_kernel,
-                    f"M={M} {dtype}" + (" softcap" if softcap else ""),
-                    {"x_ptr": f"*{dtype}", "w_ptr": f"*{dtype}", **outputs, **numbers, "softcap": "fp32", **strides},
-                    {**launch, "HAS_SOFTCAP": softcap},
+                    f"M={M} {dtype}"
+                    + (" softcap" if softcap else "")
+                    + (", all tokens but the last of several rows" if batch else ""),
+                    {"x_ptr": f"*{dtype}", "w_ptr": f"*{dtype}", **outputs, **numbers, "softcap": "fp32", **strides} | rows_in,
+                    {**launch, "HAS_SOFTCAP": softcap, "x_n1": 1} | one,
                     num_warps=num_warps,
                     num_stages=num_stages,
                     matrix=dtype != "fp32",
-                    aligned=("V", "K", "split_tokens", "stride_wv", "x_s2"),
+                    aligned=("V", "K", "split_tokens", "stride_wv", *strides),
                 )
     for softcap in (False, True):
         numbers = dict.fromkeys(("row0", "M", "columns", "token0", "part0"), "i32")
@@ -307,5 +311,4 @@ def builds() -> Iterator[Build]:
         )
     numbers = dict.fromkeys(("M", "V", "PARTS", "ignore_index"), "i32")
     yield Build(_loss_fwd_kernel, "parts", {**outputs, "loss_ptr": "*fp32", **numbers}, {"BLOCK_M": 32, "BLOCK_P": 16})
-    for M in (64, 512):
-        yield from quant_matmul.builds_to_fp32(M)
+    yield from quant_matmul.builds_to_fp32()
