@@ -155,7 +155,9 @@ def _loss_fwd_kernel(
 def _launch(M: int, dtype: torch.dtype) -> dict[str, Any]:
     """Tiles whose logits fit the registers twice: they are products and exponentials at once."""
     if dtype == torch.float32:  # no exact matrix instruction
-        return {"BLOCK_M": 16 if M <= FEW else 32, "BLOCK_V": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+        if M <= FEW:
+            return {"BLOCK_M": 16, "BLOCK_V": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 64, "BLOCK_V": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
     if M <= FEW:
         return {"BLOCK_M": 16, "BLOCK_V": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
     if M <= 64:
