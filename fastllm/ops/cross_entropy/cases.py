@@ -83,8 +83,8 @@ def _inputs(
             bits, group_size, form = quantized
             weight = random_weight(g, n, k, bits, group_size, form)
         hidden = hidden.to(dtype)
-        if strided:  # every token but the last of a longer row, and every other element
-            hidden = torch.stack([hidden, hidden.flip(-1)], -1)[..., 0]
+        if strided:  # every other row of a larger buffer
+            hidden = torch.stack([hidden, hidden.flip(-1)], -2)[..., 0, :]
         target[torch.rand(shape, generator=g) < ignored] = options.get("ignore_index", -100)
         return {"hidden": hidden, "weight": weight, "target": target, **options}
 
