@@ -35,12 +35,14 @@ class Backend:
     """One implementation of an op.
 
     ``run(*args)`` computes the op; ``refuse(*args)`` says in words why it can't serve these arguments, or None if it can.
-    Both take the op's prepared arguments, in the order of its schema.
+    Both take the op's prepared arguments, in the order of its schema. ``note`` is what ``explain`` adds where it serves: work
+    that another's kernel does.
     """
 
     name: str
     run: Callable[..., Any]
     refuse: Callable[..., str | None]
+    note: str = ""
 
 
 # ---------------------------------------------------------------- the compiled CPU module

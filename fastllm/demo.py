@@ -235,7 +235,7 @@ def _worker(name: str, path: str, threads: int | None) -> int:
 
 
 def _obey(engine: Any, what: str, *, answer: Callable[..., None], **order: Any) -> dict[str, Any]:
-    from .evaluation.quality import agreement, perplexity
+    from .evaluation.quality import agreement, losses_of, perplexity
 
     if "mode" in order:
         engine.set_mode(order["mode"])
@@ -263,13 +263,13 @@ def _obey(engine: Any, what: str, *, answer: Callable[..., None], **order: Any) 
             seen.append(engine.logits(ids).float())
             return seen[-1]
 
-        value = perplexity(keep, windows)
+        value = perplexity(losses_of(keep), windows)
         torch.save([rows[0].clone() for rows in seen], order["file"])
         return {"perplexity": value}
     ours = [engine.logits(ids).float() for ids in windows]
     rows = iter(ours)
     return {
-        "perplexity": perplexity(lambda ids: next(rows), windows),
+        "perplexity": perplexity(losses_of(lambda ids: next(rows)), windows),
         "agreement": agreement(iter(torch.load(order["file"], mmap=True)), (r[0] for r in ours)).as_dict(),
     }
 

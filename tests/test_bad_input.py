@@ -27,10 +27,11 @@ COS = torch.randn(1, 5, 32)
 CACHE = torch.zeros(2, 2, 8, 32)
 POSITIONS = torch.arange(5)
 IDS = torch.tensor([[1, 2]])
+NEXT = torch.tensor([0, 1, 31])
 
 norm, rotary, cache_write = fastllm.rms_norm, fastllm.apply_rotary, fastllm.apply_rotary_cache
 attend, gate, matmul = fastllm.attention, fastllm.gated_activation, fastllm.quant_matmul
-quantize, embed = fastllm.quantize, fastllm.embedding
+quantize, embed, entropy = fastllm.quantize, fastllm.embedding, fastllm.cross_entropy
 
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     # ---------------------------------------------------------------- rms_norm
@@ -153,6 +154,31 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: embed(torch.tensor([1.0]), Q), TypeError, "embedding: ids has dtype torch.float32"),
     (lambda: embed([1, 2], Q), TypeError, "embedding: ids is a list"),
     (lambda: embed(IDS, Q, dtype=torch.float64), TypeError, "embedding: dtype"),
+    # ---------------------------------------------------------------- cross_entropy
+    (lambda: entropy([1.0], MATRIX, NEXT), TypeError, "cross_entropy: hidden is a list"),
+    (lambda: entropy(X.double(), MATRIX, NEXT), TypeError, "cross_entropy: hidden has dtype torch.float64"),
+    (lambda: entropy(torch.tensor(1.0), MATRIX, NEXT), ValueError, "cross_entropy: hidden has shape ()"),
+    (lambda: entropy(X[:, :32], MATRIX, NEXT), ValueError, "cross_entropy: hidden has shape (3, 32)"),
+    (lambda: entropy(X[:, :32], Q, NEXT), ValueError, "cross_entropy: hidden has shape (3, 32)"),
+    (lambda: entropy(X, MATRIX.numpy(), NEXT), TypeError, "cross_entropy: weight is a ndarray"),
+    (lambda: entropy(X, MATRIX.half(), NEXT), TypeError, "cross_entropy: weight has dtype torch.float16"),
+    (lambda: entropy(X, MATRIX[0], NEXT), ValueError, "cross_entropy: weight has shape (64,)"),
+    (lambda: entropy(X, MATRIX[:0], NEXT), ValueError, "cross_entropy: weight has shape (0, 64)"),
+    (lambda: entropy(X, MATRIX.to("meta"), NEXT), ValueError, "cross_entropy: weight is on meta"),
+    (lambda: entropy(X, Q.to("meta"), NEXT), ValueError, "cross_entropy: weight is on meta"),
+    (lambda: entropy(X, MATRIX, [1, 2, 3]), TypeError, "cross_entropy: target is a list"),
+    (lambda: entropy(X, MATRIX, NEXT.int()), TypeError, "cross_entropy: target has dtype torch.int32"),
+    (lambda: entropy(X, MATRIX, NEXT[:2]), ValueError, "cross_entropy: target has shape (2,)"),
+    (lambda: entropy(X, MATRIX, NEXT.to("meta")), ValueError, "cross_entropy: target is on meta"),
+    (lambda: entropy(X, MATRIX, NEXT + N), ValueError, "cross_entropy: target holds 32"),
+    (lambda: entropy(X, Q, NEXT - 1), ValueError, "cross_entropy: target holds -1"),
+    (lambda: entropy(X, Q, NEXT - 100, ignore_index=0), ValueError, "cross_entropy: target holds -100"),
+    (lambda: entropy(X, MATRIX, NEXT, softcap=0.0), ValueError, "cross_entropy: softcap is 0.0"),
+    (lambda: entropy(X, MATRIX, NEXT, softcap=math.inf), ValueError, "cross_entropy: softcap is inf"),
+    (lambda: entropy(X, MATRIX, NEXT, softcap="30"), TypeError, "cross_entropy: softcap is a str"),
+    (lambda: entropy(X, MATRIX, NEXT, ignore_index=None), TypeError, "cross_entropy: ignore_index is a NoneType"),
+    (lambda: entropy(X, MATRIX, NEXT, activations="int4"), ValueError, "cross_entropy: activations is 'int4'"),
+    (lambda: entropy(X, MATRIX, NEXT, reduction="max"), ValueError, "cross_entropy: reduction is 'max'"),
     # ---------------------------------------------------------------- choices
     (lambda: fastllm.use_backend("tpu").__enter__(), ValueError, "use_backend: name is 'tpu'"),
     (lambda: fastllm.explain("rms_morn", X, W), ValueError, "rms_morn"),
@@ -188,6 +214,17 @@ GOOD_BUT_ODD: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "matmul, no rows": (lambda: matmul(torch.empty(0, K), Q), lambda: torch.empty(0, N)),
     "matmul, one vector": (lambda: matmul(X[0], Q), lambda: matmul(X[:1], Q)[0]),
     "matmul, transposed x": (lambda: matmul(X.T.contiguous().T, Q), lambda: matmul(X, Q)),
+    "cross_entropy, no tokens": (lambda: entropy(X[:0], Q, NEXT[:0]), lambda: torch.empty(0)),
+    "cross_entropy, one vector": (lambda: entropy(X[0], Q, NEXT[0]), lambda: entropy(X[:1], Q, NEXT[:1])[0]),
+    "cross_entropy, transposed all": (
+        lambda: entropy(X.T.contiguous().T, MATRIX.T.contiguous().T, torch.stack((NEXT, NEXT), 1)[:, 0]),
+        lambda: entropy(X, MATRIX, NEXT),
+    ),
+    "cross_entropy, packed or not": (lambda: entropy(X, Q.pack(), NEXT), lambda: entropy(X, Q, NEXT)),
+    "cross_entropy, mean of nothing": (
+        lambda: entropy(X, Q, NEXT * 0 - 100, reduction="mean").isnan().float(),
+        lambda: torch.tensor(1.0),
+    ),
     "embedding, no ids": (lambda: embed(torch.empty(0, dtype=torch.int64), Q), lambda: torch.empty(0, K)),
     "attention, no queries": (lambda: attend(HEADS[:, :, :0], KEYS, KEYS), lambda: HEADS[:, :, :0]),
     "attention, no keys": (
@@ -207,7 +244,14 @@ def test_odd_input_gets_the_right_answer(name):
 def test_nan_in_gives_nan_out_and_only_there():
     x = X.clone()
     x[1, 3] = math.nan
-    for y in (norm(x, W), matmul(x, Q), matmul(x, Q, activations="int8"), gate(x, x)):
+    for y in (
+        norm(x, W),
+        entropy(x, MATRIX, NEXT),
+        entropy(x, Q, NEXT, softcap=2.0),
+        matmul(x, Q),
+        matmul(x, Q, activations="int8"),
+        gate(x, x),
+    ):
         assert bool(y[1].isnan().any())
         assert bool(y[[0, 2]].isfinite().all())
 

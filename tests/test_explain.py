@@ -61,6 +61,13 @@ def test_a_forced_backend_is_said_to_be_forced():
         assert "no backend can serve this call: it raises NotImplementedError" in str(found)
 
 
+@needs_cpu_kernels
+def test_work_that_another_kernel_does_is_said():
+    found = fastllm.explain("cross_entropy", torch.randn(4, 8), torch.randn(5, 8), torch.zeros(4, dtype=torch.int64))
+    assert found.backend == "cpu"
+    assert "logits come from PyTorch's own product for a float weight" in str(found)
+
+
 def test_shapes_without_data_are_enough():
     with FakeTensorMode():
         x = torch.empty(4, 8)

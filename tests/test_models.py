@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastllm
-from fastllm.evaluation.quality import agreement, perplexity, windows
+from fastllm.evaluation.quality import agreement, losses_of, perplexity, windows
 from fastllm.measure.check import check
 from fastllm.models import reference_ops
 from fastllm.models.llama import Llama
@@ -84,6 +84,44 @@ def test_bf16_is_as_near_to_float64_as_transformers_is(name, tmp_path):
         r = theirs.double()(ids).logits
     verdict = check(ours.logits(ids), r, p)
     assert verdict.ok, verdict.why
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_losses_are_within_the_rule(name, dtype, tmp_path):
+    theirs = save(ARCHITECTURES[name], tmp_path, dtype)
+    ours = fastllm.load(tmp_path)
+    ids = ids_of(2, 61)
+
+    def losses(logits):
+        return torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+
+    with torch.no_grad():
+        p = losses(theirs(ids).logits.float())
+        r = losses(theirs.double()(ids).logits)
+    verdict = check(ours.losses(ids), r, p)
+    assert verdict.ok, verdict.why
+    assert ours.losses(ids[:, :1]).shape == (2, 0)
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_losses_are_those_of_the_logits(weights, activations, tmp_path):
+    from dataclasses import replace
+
+    save(ARCHITECTURES["llama"], tmp_path)
+    ours = fastllm.load(tmp_path, weights=weights, group_size=32, activations=activations)
+    if weights:  # loading keeps the head float
+        w = ours.llama.weights
+        ours.llama.weights = replace(w, head=fastllm.quantize(w.head, 8, 32).pack())
+    texts = [ids_of(1, 61), ids_of(1, 40, seed=2)]
+    for ids in texts:
+        logits, target = ours.logits(ids)[0, :-1], ids[0, 1:]
+        r = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
+        p = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+        verdict = check(ours.losses(ids)[0], r, p)
+        assert verdict.ok, verdict.why
+    assert perplexity(ours.losses, texts) == pytest.approx(perplexity(losses_of(ours.logits), texts), rel=2**-20)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -183,6 +221,8 @@ def test_logits_refuses_bad_ids(ids, error, message, tmp_path):
     save(ARCHITECTURES["llama"], tmp_path)
     with pytest.raises(error, match=message):
         fastllm.load(tmp_path).logits(ids)
+    with pytest.raises(error, match=message):
+        fastllm.load(tmp_path).losses(ids)
 
 
 # ---------------------------------------------------------------- the real model
@@ -205,9 +245,9 @@ def prose(real):
 def test_real_model_int8_activations_cost_little(real, prose):
     try:
         real.llama.activations = "float"
-        exact = perplexity(real.logits, prose)
+        exact = perplexity(real.losses, prose)
         real.llama.activations = "int8"
-        rounded = perplexity(real.logits, prose)
+        rounded = perplexity(real.losses, prose)
     finally:
         real.llama.activations = "float"
     assert 3 < exact < 30

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import fastllm
+from fastllm.measure.check import check
 from fastllm.measure.poison import poisoned as poisoned_outputs
 from fastllm.measure.verify import all_cases, case_inputs, device_of, forced, refusal, run_case, to_device, too_slow
 from fastllm.ops._triton import interpreting
@@ -68,7 +69,7 @@ WRONG = [
     ),
     ("attention", "sinks are left out", "if HAS_SINKS:", "if False:"),
     ("attention", "kv_lens are not looked at", "if HAS_LENS:", "if False:"),
-    ("attention", "the softcap is left out", "z = softcap * _tanh(z * factor, q.dtype == tl.float32)", "z = z * factor"),
+    ("attention", "the softcap is left out", "z = softcap * tanh(z * factor, q.dtype == tl.float32)", "z = z * factor"),
     ("quant_matmul", "no minimum", "tl.fma(q, scale, minimum) if HAS_MINIMUM else q * scale", "q * scale"),
     (
         "quant_matmul",
@@ -85,6 +86,40 @@ WRONG = [
     ),
     ("quant_matmul", "the bias is left out", "        acc += tl.load(bias_ptr", "        acc += 0 * tl.load(bias_ptr"),
     ("rotary", "the cache's slot is off by one", "slot = tl.load(slot_ptr", "slot = 1 + tl.load(slot_ptr"),
+    ("cross_entropy", "tokens past the last are in the sum", 'z = tl.where((v < end)[None, :], z, float("-inf"))', "z = z"),
+    (
+        "cross_entropy",
+        "the running sum is not corrected",
+        "total = total * tl.exp(top - new) + tl.sum(tl.exp(z",
+        "total = total + tl.sum(tl.exp(z",
+    ),
+    ("cross_entropy", "the parts' sums are not corrected", "totals * tl.exp(tops - new[None, :])", "totals"),
+    ("cross_entropy", "the softcap is left out", "z = softcap * tanh(z / softcap, PRECISE)", "z = z"),
+    (
+        "cross_entropy",
+        "the next token is picked",
+        "tl.where(v[None, :] == target[:, None], z, 0.0)",
+        "tl.where(v[None, :] == target[:, None] + 1, z, 0.0)",
+    ),
+    ("cross_entropy", "nothing is ignored", "tl.where(ignored, 0.0, loss)", "loss"),
+    (
+        "cross_entropy",
+        "the last columns of hidden are left out",
+        "for k0 in range(0, K, BLOCK_K):",
+        "for k0 in range(0, K - 1, BLOCK_K):",
+    ),
+    (
+        "cross_entropy",
+        "a part takes the next one's tokens too",
+        "end = tl.minimum(first + split_tokens, V)",
+        "end = tl.minimum(first + 2 * split_tokens, V)",
+    ),
+    (
+        "cross_entropy",
+        "a quantised head: columns past the last are read",
+        "tl.load(z_ptr + row * columns + v, mask=v < end, other=0.0)",
+        "tl.load(z_ptr + row * PART + v, mask=v < end, other=0.0)",
+    ),
 ]
 
 
@@ -138,3 +173,48 @@ def test_kernels_compile_for_gpus_that_are_not_here():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=OPS.parents[1])
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_a_quantised_head_s_logits_come_in_stretches(activations, monkeypatch):
+    """So long a vocabulary takes an interpreter minutes: the stretches are made short instead."""
+    from fastllm.ops.cross_entropy import triton as kernels
+
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(5, 32, generator=g), fastllm.quantize(torch.randn(300, 32, generator=g), 8, 32)
+    target = torch.tensor([0, 63, 64, 299, -100])
+    monkeypatch.setattr(kernels, "PART", 64)
+    monkeypatch.setattr(kernels, "BLOCK", 32)
+    arguments = [t.to(device_of("triton")) for t in (hidden, weight, target)]
+    with fastllm.use_backend("triton"):
+        whole = fastllm.cross_entropy(*arguments, activations=activations)
+        monkeypatch.setattr(kernels, "ROWS", 2)
+        monkeypatch.setattr(kernels, "TILE", 2 * 128)
+        parts = fastllm.cross_entropy(*arguments, activations=activations)
+    spec = all_cases()["cross_entropy"]
+    r = spec.reference(hidden.double(), weight, target, activations=activations)
+    p = spec.torch(hidden, weight, target, activations=activations)
+    for loss in (whole, parts):
+        verdict = check(loss.cpu(), r, p)
+        assert verdict.ok, verdict.why
+
+
+def test_a_target_that_is_no_token_is_answered_with_nan():
+    hidden, weight = (torch.ones(4, 8, device=device_of("triton")) for _ in range(2))
+    target = torch.tensor([0, 4, -1, -100], device=device_of("triton"))
+    for w in (weight, fastllm.quantize(weight, 8, -1)):
+        with fastllm.use_backend("triton"):
+            loss = fastllm.cross_entropy(hidden, w, target).cpu()
+        assert loss.isnan().tolist() == [False, True, True, False]
+        assert loss[3] == 0
+
+
+def test_infinite_logits():
+    """Of +inf PyTorch makes NaN, so that no rule can tell: the likelihood of any other token is 0, and the loss +inf."""
+    hidden, weight = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]), torch.tensor([[0.0], [torch.inf], [2.0]])
+    arguments = [t.to(device_of("triton")) for t in (hidden, weight, torch.tensor([0, 1, 2, 1]))]
+    with fastllm.use_backend("triton"):
+        loss = fastllm.cross_entropy(*arguments).cpu()
+    assert loss[0] == loss[3] == torch.inf
+    assert loss[1].isnan()
+    assert loss[2].isfinite()

@@ -6,6 +6,7 @@
 namespace fastllm::cpu {
 
 void bind_attention(py::module_& m);
+void bind_cross_entropy(py::module_& m);
 void bind_embedding(py::module_& m);
 void bind_limits(py::module_& m);
 void bind_gated_activation(py::module_& m);
@@ -67,6 +68,7 @@ PYBIND11_MODULE(_cpu, m) {
         for (const auto& call : recording.calls) call();
       });
   bind_attention(m);
+  bind_cross_entropy(m);
   bind_embedding(m);
   bind_limits(m);
   bind_gated_activation(m);

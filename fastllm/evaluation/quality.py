@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..errors import value_error
 
-__all__ = ["Agreement", "agreement", "perplexity", "windows"]
+__all__ = ["Agreement", "agreement", "losses_of", "perplexity", "windows"]
 
 Logits = Callable[[Tensor], Tensor]  # ids (1, T) -> (1, T, V)
+Losses = Callable[[Tensor], Tensor]  # ids (1, T) -> negative log-likelihoods (1, T - 1) in nats
 
 # Rows of the vocabulary's size handled at once: 64 rows of 50k fp64 numbers are 25 MB.
 _ROWS = 64
@@ -29,15 +30,30 @@ def windows(ids: Sequence[int], length: int = 512, tokens: int = 1024) -> list[T
     return [torch.tensor([ids[at : at + length]]) for at in range(0, tokens - length + 1, length)]
 
 
-def perplexity(logits: Logits, texts: Sequence[Tensor]) -> float:
-    """exp of the mean negative log-likelihood (nats) of each window's tokens but the first, given those before it."""
+def perplexity(losses: Losses, texts: Sequence[Tensor]) -> float:
+    """exp of the mean negative log-likelihood (nats) of each window's tokens but the first, given those before it.
+
+    Args:
+        losses: of those tokens: ``LanguageModel.losses``, or ``losses_of`` a model's logits.
+        texts: ``windows`` of token ids.
+    """
     total, count = 0.0, 0
     for ids in texts:
-        rows, targets = logits(ids)[0, :-1], ids[0, 1:]
-        for part, target in zip(rows.split(_ROWS), targets.split(_ROWS)):
-            total -= float(part.double().log_softmax(-1).gather(1, target[:, None]).sum())
-        count += len(targets)
+        loss = losses(ids)
+        total += float(loss.double().sum())
+        count += loss.numel()
     return math.exp(total / count)
+
+
+def losses_of(logits: Logits) -> Losses:
+    """What ``perplexity`` takes, of a model that gives logits: another library's, or one whose logits are held anyway."""
+
+    def losses(ids: Tensor) -> Tensor:
+        parts = zip(logits(ids)[0, :-1].split(_ROWS), ids[0, 1:].split(_ROWS))
+        found = [-part.double().log_softmax(-1).gather(1, target[:, None]) for part, target in parts]
+        return torch.cat(found).view(1, -1)
+
+    return losses
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ def _rows(spec: OpCases, case: Case, backend: str, isa: str, rivals: Sequence[st
             else:
                 times, uncaptured = in_turns(calls, own, cold=is_cold, seconds=seconds), ""
                 share, host_us = _share(spec, case, times["ours"], written, is_cold), min(host, times["ours"].median * 1e6)
-            note = "; ".join(filter(None, (*notes, uncaptured)))
+            note = "; ".join(filter(None, (case.by_torch, *notes, uncaptured)))
             row = replace(blank, cache="cold" if is_cold else "warm", note=note, host_us=host_us)
             rows.append(replace(row, **_speeds(times), **share))
         return rows

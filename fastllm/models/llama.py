@@ -127,3 +127,8 @@ class Llama:
     def head(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> logits (..., V)."""
         return self.linear(hidden, self.weights.head)
+
+    def losses(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """(..., hidden) and the tokens that follow (...) -> their negative log-likelihoods (...), fp32; no logits are kept."""
+        loss: Tensor = self.ops.cross_entropy(hidden, self.weights.head, target, activations=self.activations)
+        return loss

@@ -49,16 +49,31 @@ class LanguageModel:
 
         Raises: TypeError for another dtype; ValueError for a shape, an id outside of the vocabulary, too many tokens.
         """
+        return self.llama.head(self._hidden_states("logits", ids))
+
+    @torch.inference_mode()
+    def losses(self, ids: Tensor) -> Tensor:
+        """Negative log-likelihood (nats) of every token but the first, given those before it: ids (B, T) -> (B, T - 1) fp32.
+
+        The logits (B, T, V) are never held. exp of the mean is the perplexity (``fastllm.evaluation.quality``).
+
+        Raises: as ``logits``.
+        """
+        hidden = self._hidden_states("losses", ids)
+        return self.llama.losses(hidden[:, :-1], ids[:, 1:].to(self.llama.device, torch.int64))
+
+    def _hidden_states(self, name: str, ids: Tensor) -> Tensor:
+        """After the last norm, (B, T, hidden), of ids that were checked on behalf of ``name``."""
         if not isinstance(ids, Tensor):
-            raise type_error("logits", "ids", ids, "a torch.Tensor")
+            raise type_error(name, "ids", ids, "a torch.Tensor")
         if ids.dtype not in (torch.int64, torch.int32):
-            raise dtype_error("logits", "ids", ids.dtype, "torch.int64 or torch.int32")
+            raise dtype_error(name, "ids", ids.dtype, "torch.int64 or torch.int32")
         if ids.dim() != 2 or ids.numel() == 0:
-            raise shape_error("logits", "ids", ids.shape, "(B, T) with at least one token")
+            raise shape_error(name, "ids", ids.shape, "(B, T) with at least one token")
         if ids.shape[1] > self.context:
-            raise shape_error("logits", "ids", ids.shape, f"at most {self.context} tokens", "to fit the model's context")
+            raise shape_error(name, "ids", ids.shape, f"at most {self.context} tokens", "to fit the model's context")
         cache = self.llama.new_cache(ids.shape[0], ids.shape[1])
-        return self.llama.head(self.llama.hidden_states(ids.to(self.llama.device, torch.int64), cache))
+        return self.llama.hidden_states(ids.to(self.llama.device, torch.int64), cache)
 
     def generate(
         self,

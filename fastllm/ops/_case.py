@@ -24,6 +24,8 @@ class Case:
         arithmetic: which measured peak bounds them: "fp32", "int8" (byte dot products), "int4" (bytes by 4 bits) or "bf16" (bf16 dot products).
         bench: whether ``fastllm bench`` runs it; its shape then carries a model's name.
         gpu: a shape of the size that GPUs are for, which no CPU test should wait for: ``bench`` runs it where there is a GPU.
+        by_torch: what part of the work is done by PyTorch's own kernels, whose bits may depend on the number of threads; a row of
+            ``bench`` says it.
         factor: replaces the 2 of the tolerance rule; ``because`` then says why.
     """
 
@@ -37,6 +39,7 @@ class Case:
     factor: float = 2.0
     because: str = ""
     arithmetic: str = "fp32"
+    by_torch: str = ""
 
 
 @dataclass(frozen=True)

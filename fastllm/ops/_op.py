@@ -163,6 +163,7 @@ class Op:
             serves = reason is None and not chosen
             if serves:
                 why = "forced" if forced else "first in order that can serve the call"
+                why += f"; {backend.note}" if backend.note else ""
             else:
                 why = reason or f"can serve the call, but {next(name for name, ok, _ in rows if ok)} is preferred"
             chosen |= serves

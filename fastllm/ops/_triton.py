@@ -34,7 +34,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def backend(package: str, run: str, refuse: str = "refuse", name: str = "triton") -> Backend:
+def backend(package: str, run: str, refuse: str = "refuse", name: str = "triton", note: str = "") -> Backend:
     """The backend of the op in ``package`` whose ``triton.py`` has the functions ``run`` and ``refuse``."""
 
     def module() -> Any:
@@ -57,7 +57,7 @@ def backend(package: str, run: str, refuse: str = "refuse", name: str = "triton"
     def serve(*args: Any) -> Any:
         return getattr(module(), run)(*args)
 
-    return Backend(name, serve, refuses)
+    return Backend(name, serve, refuses, note)
 
 
 @functools.cache

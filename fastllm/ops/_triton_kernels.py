@@ -36,3 +36,17 @@ def quantized_column(dwords, zero, c: tl.constexpr, BITS: tl.constexpr):
     step = tl.full(dwords.shape, 1.0 / (1 << LOW), tl.float32)
     start = tl.full(dwords.shape, 8388608.0 / (1 << LOW), tl.float32) + zero
     return tl.fma(q.to(tl.float32, bitcast=True), step, -start)
+
+
+@triton.jit
+def tanh(x, PRECISE: tl.constexpr):
+    """1 - 2 / (e^2|x| + 1), safe where e^2|x| is infinite; its error is absolute, so that fp32 takes Cephes' polynomial for
+    small x."""
+    magnitude = tl.abs(x)
+    y = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
+    y = tl.where(x < 0.0, -y, y)
+    if PRECISE:
+        s = x * x
+        p = (((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1) * s - 3.33332819422e-1
+        y = tl.where(magnitude < 0.625, x + x * (s * p), y)
+    return y

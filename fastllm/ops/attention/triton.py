@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import _op
 from .._launch import GPU, LaunchTable, warps
 from .._triton import COMPILER, Build, device_of, power_of_two
+from .._triton_kernels import tanh
 
 # Up to this many rows (query tokens times query heads that share a key/value head) the decode kernel serves.
 DECODE_ROWS = 16
@@ -59,20 +60,6 @@ def _visible(keys, low, high, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.const
         begin = tl.maximum(begin, low - window + 1)
         end = tl.minimum(end, high + window)
     return begin, tl.maximum(end, 0)
-
-
-@triton.jit
-def _tanh(x, PRECISE: tl.constexpr):
-    """1 - 2 / (e^2|x| + 1), safe where e^2|x| is infinite; its error is absolute, so that fp32 takes Cephes' polynomial for
-    small x."""
-    magnitude = tl.abs(x)
-    y = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
-    y = tl.where(x < 0.0, -y, y)
-    if PRECISE:
-        s = x * x
-        p = (((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1) * s - 3.33332819422e-1
-        y = tl.where(magnitude < 0.625, x + x * (s * p), y)
-    return y
 
 
 @triton.jit
@@ -114,7 +101,7 @@ def _walk(
         k = _tile(k_ptr, start, stride_ks, keys, D, BLOCK_N, BLOCK_D, EDGE)
         z = tl.dot(q, tl.trans(k), input_precision="ieee")
         if HAS_SOFTCAP:
-            z = softcap * _tanh(z * factor, q.dtype == tl.float32)
+            z = softcap * tanh(z * factor, q.dtype == tl.float32)
         elif SCALED:
             z = z * factor
         key = start + n

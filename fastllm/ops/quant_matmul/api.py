@@ -30,7 +30,7 @@ def _prepare(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activ
     if activations not in ("float", "int8"):
         raise value_error("quant_matmul", "activations", activations, "'float' or 'int8'")
     if w.layout != "x16" and not torch.compiler.is_compiling():
-        w = _packed(w)
+        w = packed(w)
     return (
         x,
         w.data,
@@ -47,13 +47,13 @@ def _prepare(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activ
     )
 
 
-def _packed(w: QuantizedTensor) -> QuantizedTensor:
+def packed(w: QuantizedTensor) -> QuantizedTensor:
     """The weight in the layout that kernels read, made once and kept with the weight."""
-    packed = w.__dict__.get("_packed")
-    if packed is None:
-        packed = w.pack()
-        object.__setattr__(w, "_packed", packed)  # frozen, and this changes nothing that a reader of w can see
-    return packed
+    kept = w.__dict__.get("_packed")
+    if kept is None:
+        kept = w.pack()
+        object.__setattr__(w, "_packed", kept)  # frozen, and this changes nothing that a reader of w can see
+    return kept
 
 
 def _stored(
