@@ -424,12 +424,7 @@ _ROWS = {f"x_{name}": "i32" for name in ("n1", "n2", "s0", "s1", "s2")}
 _ALIGNED = ("N", "K", "LINES", "GROUPS", "split_lines", "x_s2")
 
 
-def builds_to_fp32() -> Iterator[Build]:
-    """Where y is fp32 though x has 16 bits, as cross_entropy asks: Q8_0, the usual format of a head. (Few rows: as split.)"""
-    yield from _float_builds("bf16", 512, 8, 32, False, to_fp32=True)
-
-
-def _float_builds(dtype: str, M: int, bits: int, group: int, minimum: bool, to_fp32: bool = False) -> Iterator[Build]:
+def _float_builds(dtype: str, M: int, bits: int, group: int, minimum: bool) -> Iterator[Build]:
     names, columns = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}, 32 // bits
     pointers = {"x_ptr": f"*{dtype}", "w_ptr": "*i32", "scale_ptr": "*fp16", "y_ptr": f"*{dtype}"}
     pointers |= {"minimum_ptr": "*fp16"} if minimum else {}
@@ -444,15 +439,14 @@ def _float_builds(dtype: str, M: int, bits: int, group: int, minimum: bool, to_f
             constants, name = {**form, **launch}, f"LINES={lines} {words}"
             yield Build(_matvec_fwd_kernel, name, {**pointers, **numbers}, constants, num_warps=num_warps, aligned=_ALIGNED)
         return
-    launches = ((False, True), (True, True)) if M <= 64 else ((False, True), (False, False))
-    for partial, roomy in ((True, True),) if to_fp32 else launches:
+    for partial, roomy in ((False, True), (True, True)) if M <= 64 else ((False, True), (False, False)):
         launch = _launch(M, names[dtype], bits, roomy)
         num_warps, num_stages = launch.pop("num_warps"), launch.pop("num_stages")
         signature = {**pointers, "M": "i32", **numbers, "split_lines": "i32", **_ROWS}
         signature |= {"y_ptr": "*fp32"} if partial else {}
         yield Build(
             _quant_matmul_fwd_kernel,
-            words + (" to fp32" if to_fp32 else " split" if partial else "") + ("" if roomy else ", little shared memory"),
+            words + (" split" if partial else "") + ("" if roomy else ", little shared memory"),
             signature,
             {**form, **launch, "ARRANGED": M > FEW},
             num_warps=num_warps,
