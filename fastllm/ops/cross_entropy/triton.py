@@ -295,7 +295,7 @@ def _from_logits(
 
 
 def builds(gpu: GPU) -> Iterator[Build]:
-    """One head each of the launches, with a softcap and without; what a quantised weight's logits go through."""
+    """Every launch with a softcap and without; what a quantised weight's logits go through (quant_matmul lists their making)."""
     outputs = {"target_ptr": "*i64", "top_ptr": "*fp32", "total_ptr": "*fp32", "picked_ptr": "*fp32"}
     strides = {f"x_{name}": "i32" for name in ("s0", "s1", "s2")}
     for dtype in ("bf16", "fp16", "fp32"):
@@ -329,4 +329,3 @@ def builds(gpu: GPU) -> Iterator[Build]:
         )
     numbers = dict.fromkeys(("M", "V", "PARTS", "ignore_index"), "i32")
     yield Build(_loss_fwd_kernel, "parts", {**outputs, "loss_ptr": "*fp32", **numbers}, {}, {"BLOCK_M": 32, "BLOCK_P": 16})
-    yield from quant_matmul.builds_to_fp32(gpu)

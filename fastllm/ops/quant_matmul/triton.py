@@ -525,12 +525,7 @@ _ROWS = {f"x_{name}": "i32" for name in ("n1", "n2", "s0", "s1", "s2")}
 _ALIGNED = ("N", "K", "LINES", "GROUPS", "split_lines", "x_s2")
 
 
-def builds_to_fp32(gpu: GPU) -> Iterator[Build]:
-    """Where y is fp32 though x has 16 bits, as cross_entropy asks: Q8_0, the usual format of a head. (Few rows: as split.)"""
-    yield from _float_builds(gpu, "bf16", 512, 8, 32, False, to_fp32=True)
-
-
-def _float_builds(gpu: GPU, dtype: str, M: int, bits: int, group: int, minimum: bool, to_fp32: bool = False) -> Iterator[Build]:
+def _float_builds(gpu: GPU, dtype: str, M: int, bits: int, group: int, minimum: bool) -> Iterator[Build]:
     columns = 32 // bits
     pointers = {"x_ptr": f"*{dtype}", "w_ptr": "*i32", "scale_ptr": "*fp16", "y_ptr": f"*{dtype}"}
     pointers |= {"minimum_ptr": "*fp16"} if minimum else {}
@@ -544,12 +539,12 @@ def _float_builds(gpu: GPU, dtype: str, M: int, bits: int, group: int, minimum: 
             yield Build(_matvec_fwd_kernel, name, {**pointers, **numbers}, form, launch, aligned=_ALIGNED)
         return
     launch = _shipped(gpu, _bucket(M), 4 if dtype == "fp32" else 2, bits)
-    for partial in (True,) if to_fp32 else (False, True) if M <= 64 else (False,):
+    for partial in (False, True) if M <= 64 else (False,):
         signature = {**pointers, "M": "i32", **numbers, "split_lines": "i32", **_ROWS}
         signature |= {"y_ptr": "*fp32"} if partial else {}
         yield Build(
             _quant_matmul_fwd_kernel,
-            words + (" to fp32" if to_fp32 else " split" if partial else ""),
+            words + (" split" if partial else ""),
             signature,
             {**form, "ARRANGED": M > FEW},
             launch,
