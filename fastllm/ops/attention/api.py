@@ -56,10 +56,8 @@ def _prepare(
     if v.shape != k.shape:
         raise shape_error("attention", "v", v.shape, f"{tuple(k.shape)}", "to match k")
     if quantized:
-        for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
-            _check.like("attention", name, value, torch.float32, q.device)
-            if value.shape != k.shape[:3]:
-                raise shape_error("attention", name, value.shape, f"{tuple(k.shape[:3])}", "one scale a token and head of k")
+        _check_scale("k_scale", k_scale, k)
+        _check_scale("v_scale", v_scale, k)
     if not isinstance(causal, bool):
         raise type_error("attention", "causal", causal, "True or False")
     for name, value in (("scale", scale), ("window", window), ("softcap", softcap)):
@@ -90,6 +88,15 @@ def _prepare(
     scale = D**-0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
     return q, k, v, mask, kv_lens, sinks, block_table, k_scale, v_scale, causal, scale, window, softcap
+
+
+def _check_scale(name: str, scale: Any, k: Tensor) -> None:
+    _check.tensor("attention", name, scale)
+    if scale.dtype != torch.float32:
+        raise dtype_error("attention", name, scale.dtype, "torch.float32")
+    _check_device(name, scale, k)
+    if scale.shape != k.shape[:3]:
+        raise shape_error("attention", name, scale.shape, f"{tuple(k.shape[:3])}", "one scale a token and head of k")
 
 
 def _check_pages(q: Tensor, k: Tensor, kv_lens: Any, block_table: Any) -> int:

@@ -84,10 +84,7 @@ def _pages(table_ptr, stride, start, keys, BLOCK_N: tl.constexpr, EDGE: tl.const
     else:
         n = tl.arange(0, BLOCK_N)
         at = table_ptr + (start + n) // PAGE * stride
-        if EDGE:
-            page = tl.load(at, mask=n < keys - start, other=0)
-        else:
-            page = tl.load(at)
+        page = tl.load(at, mask=n < keys - start, other=0) if EDGE else tl.load(at)
     return page.to(tl.int64)
 
 
@@ -125,11 +122,7 @@ def _scales(
         at = ptr + (start + n).to(tl.int64) * stride
     else:
         at = ptr + page * stride_page + ((start + n) % PAGE).to(tl.int64) * stride
-    if EDGE:
-        x = tl.load(at, mask=n < keys - start, other=0.0)
-    else:
-        x = tl.load(at)
-    return x
+    return tl.load(at, mask=n < keys - start, other=0.0) if EDGE else tl.load(at)
 
 
 @triton.jit
