@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import fastllm
 from fastllm.backends import isa_names, use_backend, use_isa
 from fastllm.measure.check import check
-from fastllm.measure.verify import case_inputs, refusal
+from fastllm.measure.verify import case_inputs, refusal, to_float64
 from fastllm.ops.attention import api, native, reference
 from fastllm.ops.attention.cases import CASES, torch_attention
 from fastllm.quant import quantize_rows
@@ -195,6 +195,23 @@ def test_the_cpu_kernels_refuse_pages_and_int8_and_no_other_case():
         why = refusal(CASES, inputs, "cpu")
         assert (why is None) == ("block_table" not in inputs and "k_scale" not in inputs), f"{case.name}: {why}"
         assert why is None or "not in pages" in why or "not int8" in why
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("T", [1, 5])
+def test_a_key_is_where_the_table_says(int8, T):
+    inputs = _pooled(int8, T=T)
+    table, page = inputs["block_table"], inputs["k"].shape[2]
+
+    def key(name, b, s):
+        at = (int(table[b, s // page]), slice(None), s % page)
+        return inputs[name][at].double() * (inputs[f"{name}_scale"][at].double()[:, None] if int8 else 1.0)
+
+    o = reference.attention(**{name: to_float64(x) for name, x in inputs.items()})
+    assert_close(fastllm.attention(**inputs), o.float())
+    for b, n in enumerate(inputs["kv_lens"].tolist()):
+        k, v = (torch.stack([key(name, b, s) for s in range(n)], 1)[None] for name in "kv")
+        assert_close(o[b : b + 1], reference.attention(inputs["q"][b : b + 1].double(), k, v))
 
 
 @pytest.mark.parametrize("int8", [False, True])

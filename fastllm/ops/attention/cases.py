@@ -368,7 +368,7 @@ CASES = OpCases(
         "query heads are mapped by modulo": _by_modulo,
         "the last key is dropped": _last_key_dropped,
         "block_table is ignored": _table_ignored,
-        "a sequence has its neighbour's pages": _with(block_table=lambda table: table.roll(1, 0)),
+        "a page is its neighbour in the pool": _in_pages(lambda pool: pool.roll(1, 0)),
         "a page's rows are off by one": _in_pages(lambda pool: pool.roll(1, 2)),
         "a page's heads are swapped": _in_pages(lambda pool: pool.flip(1)),
         "k_scale is dropped": _with(k_scale=torch.ones_like),

@@ -580,24 +580,26 @@ _FEATURES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
         {"HAS_SCALES": True, "stride_k_scale_s": 1, "stride_v_scale_s": 1},
     ),
 }
-_INT8 = (("int8",), ("kv_lens", "pages of 16", "int8"), ("kv_lens", "pages of 64", "int8"))
 _VARIANTS = (
-    *((feature,) for feature in ("boolean mask", "additive mask", "window", "softcap", "kv_lens", "sinks")),
-    *(("window", "softcap"), ("window", "sinks")),  # Gemma 2, GPT-OSS
-    *(("kv_lens", "pages of 16"), ("kv_lens", "pages of 64")),
-    *_INT8,
+    *((feature,) for feature in ("boolean mask", "additive mask", "window", "softcap", "kv_lens", "sinks", "int8")),
+    *(("kv_lens", "pages of 16"), ("kv_lens", "pages of 64"), ("kv_lens", "pages of 16", "int8")),
 )
+_PAIRS = (("window", "softcap"), ("window", "sinks"), ("kv_lens", "pages of 64", "int8"))  # of Gemma 2, GPT-OSS
 
 
 def builds() -> Iterator[Build]:
     """Plain launches at every head dim; those with features, and the pairs that models and caches have, at the common two.
-    fp16 differs from bf16 in conversions alone: its variants are those of int8."""
+    fp16 differs from bf16 in conversions alone: its one variant is int8."""
     launches: dict[Any, Build] = {}  # variants share the reduction
-    for dtype in ("bf16", "fp16", "fp32"):
-        for causal in (True, False):
-            for D in (64, 80, 96, 128, 256):
+    for dtype, dims, variants in (
+        ("bf16", (64, 80, 96, 128, 256), (*_VARIANTS, *_PAIRS)),
+        ("fp16", (64, 128, 256), (("int8",),)),
+        ("fp32", (64, 80, 128, 256), _VARIANTS),
+    ):
+        for D in dims:
+            for causal in (True,) if dtype == "fp16" else (True, False):
                 _launches(launches, dtype, D, causal, ())
-        for variant in _INT8 if dtype == "fp16" else _VARIANTS:
+        for variant in variants:
             for D in (64, 128):
                 _launches(launches, dtype, D, True, variant)
     yield from launches.values()
