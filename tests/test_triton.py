@@ -131,6 +131,7 @@ def test_a_wrong_kernel_fails(folder, what, old, new, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", [16, 20, 64])
 @pytest.mark.parametrize("T", [1, 20])
+@pytest.mark.skipif(not interpreting(), reason="on a GPU, sums over another number of warps are other sums")
 def test_attention_over_pages_gives_the_bits_of_one_piece(page, T):
     from fastllm.ops.attention import reference
 

@@ -308,7 +308,7 @@ def attention(
     on the other sequences of the batch. A NaN in a visible key, value or mask reaches the rows that see it. Gradients to
     q, k, v, mask and sinks, recomputed in fp32 with 4 G T S floats of memory at a time; none with pages or int8. The
     integers of an int8 cache enter the products exactly; the score takes k's scale in fp32, the weight v's before it is
-    rounded as ever. A cache in pages gives the bits that the same one in one piece gives.
+    rounded as ever.
     Cost: bytes of q, k, v and o; 4 D flops for each pair of a query and a key that it sees. No T x S matrix is made, nor a
     dequantised or gathered copy, except by the reference, which serves pages and int8 on the CPU.
     Source: Vaswani et al. 2017; Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022 (blocks); reference.py has

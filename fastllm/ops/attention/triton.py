@@ -443,7 +443,9 @@ _DECODE_16 = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (64, 4, 2), 2
 _DECODE_32 = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 2), 512: (16, 4, 1)}
 
 
-def _launch(kind: str, D: int, itemsize: int, masked: bool = False) -> dict[str, int]:
+def _launch(
+    kind: str, D: int, itemsize: int, masked: bool = False, paged: bool = False, quantized: bool = False
+) -> dict[str, int]:
     """Block sizes, warps and stages. A mask's tiles take shared memory and registers too: half of the keys leave room."""
     block_d = max(16, power_of_two(D))  # a matrix instruction's least depth
     if kind == "prefill":
@@ -452,6 +454,9 @@ def _launch(kind: str, D: int, itemsize: int, masked: bool = False) -> dict[str,
     else:
         block_m = 16
         block_n, num_warps, num_stages = (_DECODE_32 if itemsize == 4 else _DECODE_16)[block_d]
+        if itemsize == 4:  # addresses of pages, and an int8 tile that waits in its stage to be widened, would spill
+            num_warps = 8 if paged else num_warps
+            num_stages = 1 if quantized else num_stages
     if torch.version.hip:
         num_stages = 1  # 64 KiB of shared memory
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": num_warps, "num_stages": num_stages}
@@ -531,7 +536,7 @@ def attention(
     )
     with device_of(q):
         if _decodes(T, H // Hk):
-            launch = _launch("decode", D, q.itemsize)
+            launch = _launch("decode", D, q.itemsize, paged=page > 0, quantized=k_scale is not None)
             splits = max(1, triton.cdiv(S, SPLIT))  # of the shapes, never of kv_lens, so that a CUDA graph can hold the call
             tiles = triton.cdiv(T * (H // Hk), launch["BLOCK_M"])
             acc = _op.empty((B, H, T, splits, D), dtype=torch.float32, device=q.device)
@@ -627,7 +632,7 @@ def _launches(found: dict[Any, Build], dtype: str, D: int, causal: bool, feature
         types |= more
         constants |= flags
     itemsize = 4 if dtype == "fp32" else 2
-    decode = _launch("decode", D, itemsize)
+    decode = _launch("decode", D, itemsize, paged=constants["PAGE"] > 0, quantized=constants["HAS_SCALES"])
     for kind, kernel, launch in (
         ("prefill", _attention_prefill_kernel, _launch("prefill", D, itemsize, constants["HAS_MASK"])),
         ("decode", _attention_decode_kernel, decode),
