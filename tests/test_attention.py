@@ -12,8 +12,10 @@ from torch.testing import assert_close
 import fastllm
 from fastllm.backends import isa_names, use_backend, use_isa
 from fastllm.measure.check import check
+from fastllm.measure.verify import case_inputs, refusal, to_float64
 from fastllm.ops.attention import api, native, reference
-from fastllm.ops.attention.cases import torch_attention
+from fastllm.ops.attention.cases import CASES, torch_attention
+from fastllm.quant import quantize_rows
 
 pytestmark = pytest.mark.skipif(not isa_names(), reason="fastllm._cpu is not built")
 
@@ -173,6 +175,75 @@ def test_gradients(variant, dtype):
     for name, grad in ours.items():
         verdict = check(grad, expected[name], theirs[name], factor=3.0)
         assert verdict.ok, f"{name}: {verdict.why}"
+
+
+def _pooled(int8=False, dtype=torch.float32, T=1):
+    """Two sequences of 37 and 20 tokens in pages of 16 of a pool of 8, in no order."""
+    q, _, _ = _qkv(2, 4, 2, T, 1, 16, dtype)
+    _, k, v = _qkv(8, 4, 2, 1, 16, 16, dtype)
+    options = {"kv_lens": torch.tensor([37, 20]), "block_table": torch.tensor([[5, 0, 7, -1], [2, 6, 99, 1 << 30]])}
+    if int8:
+        (k, options["k_scale"]), (v, options["v_scale"]) = quantize_rows(k), quantize_rows(v)
+    return {"q": q, "k": k, "v": v, **options}
+
+
+def test_the_cpu_kernels_refuse_pages_and_int8_and_no_other_case():
+    for case in CASES.cases:
+        if case.bench:
+            continue
+        inputs = case_inputs(CASES, case)
+        why = refusal(CASES, inputs, "cpu")
+        assert (why is None) == ("block_table" not in inputs and "k_scale" not in inputs), f"{case.name}: {why}"
+        assert why is None or "not in pages" in why or "not int8" in why
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("T", [1, 5])
+def test_a_key_is_where_the_table_says(int8, T):
+    inputs = _pooled(int8, T=T)
+    table, page = inputs["block_table"], inputs["k"].shape[2]
+
+    def key(name, b, s):
+        at = (int(table[b, s // page]), slice(None), s % page)
+        return inputs[name][at].double() * (inputs[f"{name}_scale"][at].double()[:, None] if int8 else 1.0)
+
+    o = reference.attention(**{name: to_float64(x) for name, x in inputs.items()})
+    assert_close(fastllm.attention(**inputs), o.float())
+    for b, n in enumerate(inputs["kv_lens"].tolist()):
+        k, v = (torch.stack([key(name, b, s) for s in range(n)], 1)[None] for name in "kv")
+        assert_close(o[b : b + 1], reference.attention(inputs["q"][b : b + 1].double(), k, v))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_cache_in_pages_or_int8_passes_opcheck_and_compiles(int8):
+    inputs = _pooled(int8)
+    torch.library.opcheck(torch.ops.fastllm.attention.default, api._prepare(**inputs))
+    compiled = torch.compile(lambda inputs: fastllm.attention(**inputs) * 2, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(inputs), fastllm.attention(**inputs) * 2)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_cache_in_pages_or_int8_has_no_gradient_but_the_references(int8):
+    inputs = _pooled(int8)
+    inputs["q"].requires_grad_()
+    with pytest.raises(NotImplementedError, match="attention: no gradient, because a cache in pages or in int8"):
+        fastllm.attention(**inputs).sum().backward()
+    with use_backend("reference"):
+        fastllm.attention(**inputs).square().sum().backward()
+    assert (inputs["q"].grad != 0).any()
+
+
+def test_int8_rows_are_within_half_a_step():
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-9, 1.0, 3e4])[:, None, None]
+    x[0, 0] = 0.0
+    for dtype in (torch.float32, torch.bfloat16):
+        q, scale = quantize_rows(x.to(dtype))
+        assert q.dtype == torch.int8
+        assert q.abs().amax(-1).flatten()[1:].eq(127).all()
+        error = (q.double() * scale.double()[..., None] - x.to(dtype).double()).abs()
+        assert (error <= scale.double()[..., None] * (0.5 + 127 * 2.0**-22)).all()  # the quotient is rounded to fp32 first
+    x[1, 2, 3], x[2, 1, 0] = math.nan, math.inf
+    assert quantize_rows(x)[1].isnan().nonzero().tolist() == [[1, 2], [2, 1]]
 
 
 def test_compiles():

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastllm
-from fastllm.quant import QuantizedTensor
+from fastllm.quant import QuantizedTensor, quantize_rows
 
 K, N = 64, 32
 X = torch.randn(3, K, generator=torch.Generator().manual_seed(0))
@@ -28,10 +28,18 @@ CACHE = torch.zeros(2, 2, 8, 32)
 POSITIONS = torch.arange(5)
 IDS = torch.tensor([[1, 2]])
 NEXT = torch.tensor([0, 1, 31])
+POOL = torch.randn(4, 2, 8, 32)
+TABLE, LENS = torch.tensor([[0, 1], [2, 3]]), torch.tensor([9, 16])
+INT8, SCALE = torch.ones(2, 2, 5, 32, dtype=torch.int8), torch.ones(2, 2, 5)
 
 norm, rotary, cache_write = fastllm.rms_norm, fastllm.apply_rotary, fastllm.apply_rotary_cache
 attend, gate, matmul = fastllm.attention, fastllm.gated_activation, fastllm.quant_matmul
 quantize, embed, entropy = fastllm.quantize, fastllm.embedding, fastllm.cross_entropy
+
+
+def paged(block_table: Any, lens: Any = LENS, pool: Any = POOL, **others: Any) -> Any:
+    return attend(HEADS, pool, pool, kv_lens=lens, block_table=block_table, **others)
+
 
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     # ---------------------------------------------------------------- rms_norm
@@ -114,6 +122,41 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: attend(HEADS, KEYS, KEYS, kv_lens=torch.tensor([-1, 3])), ValueError, "attention: kv_lens"),
     (lambda: attend(HEADS, KEYS, KEYS, kv_lens=[5, 5]), TypeError, "attention: kv_lens is a list"),
     (lambda: attend(HEADS, KEYS, KEYS, sinks=torch.zeros(3)), ValueError, "attention: sinks has shape (3,)"),
+    (lambda: paged([[0, 1]]), TypeError, "attention: block_table is a list"),
+    (lambda: paged(TABLE.float()), TypeError, "attention: block_table has dtype torch.float32"),
+    (lambda: paged(TABLE[:1]), ValueError, "attention: block_table has shape (1, 2)"),
+    (lambda: paged(TABLE[0]), ValueError, "attention: block_table has shape (2,)"),
+    (lambda: paged(TABLE.to("meta")), ValueError, "attention: block_table is on meta"),
+    (lambda: paged(TABLE, lens=None), TypeError, "attention: kv_lens is a NoneType"),
+    (lambda: paged(TABLE, lens=torch.tensor([17, 3])), ValueError, "attention: kv_lens[0] is 17, expected 0 to 16"),
+    (lambda: paged(TABLE, lens=torch.tensor([1, -3])), ValueError, "attention: kv_lens[1] is -3"),
+    (lambda: paged(TABLE + 1), ValueError, "attention: block_table[1, 1] is 4, expected 0 to 3"),
+    (lambda: paged(TABLE - 1), ValueError, "attention: block_table[0, 0] is -1, expected 0 to 3"),
+    (lambda: paged(TABLE, pool=POOL[:0]), ValueError, "attention: k has shape (0, 2, 8, 32)"),
+    (lambda: paged(TABLE, pool=POOL[:, :, :0]), ValueError, "attention: k has shape (4, 2, 0, 32)"),
+    (lambda: paged(TABLE, pool=POOL[..., :16]), ValueError, "attention: k has shape (4, 2, 8, 16)"),
+    (lambda: paged(TABLE, pool=POOL[:, :1].expand(4, 3, 8, 32)), ValueError, "attention: k has shape (4, 3, 8, 32)"),
+    (lambda: paged(TABLE, mask=torch.ones(5, 5).bool()), ValueError, "attention: mask has shape (5, 5)"),
+    (lambda: paged(TABLE, k_scale=torch.ones(4, 2, 8)), TypeError, "attention: k has dtype torch.float32"),
+    (lambda: attend(HEADS, INT8, INT8), TypeError, "attention: k has dtype torch.int8"),
+    (lambda: attend(HEADS, INT8, KEYS, k_scale=SCALE, v_scale=SCALE), TypeError, "attention: v has dtype torch.float32"),
+    (lambda: attend(HEADS, INT8, INT8, k_scale=SCALE), TypeError, "attention: v_scale is a NoneType"),
+    (lambda: attend(HEADS, INT8, INT8, v_scale=SCALE), TypeError, "attention: k_scale is a NoneType"),
+    (
+        lambda: attend(HEADS, INT8, INT8, k_scale=SCALE.half(), v_scale=SCALE),
+        TypeError,
+        "attention: k_scale has dtype torch.float16",
+    ),
+    (
+        lambda: attend(HEADS, INT8, INT8, k_scale=SCALE, v_scale=SCALE[:, :1]),
+        ValueError,
+        "attention: v_scale has shape (2, 1, 5)",
+    ),
+    (lambda: attend(HEADS, INT8, INT8, k_scale=SCALE.to("meta"), v_scale=SCALE), ValueError, "attention: k_scale is on meta"),
+    (lambda: quantize_rows([1.0]), TypeError, "quantize_rows: x is a list"),
+    (lambda: quantize_rows(X.double()), TypeError, "quantize_rows: x has dtype torch.float64"),
+    (lambda: quantize_rows(torch.tensor(1.0)), ValueError, "quantize_rows: x has shape ()"),
+    (lambda: quantize_rows(X[:, :0]), ValueError, "quantize_rows: x has shape (3, 0)"),
     # ---------------------------------------------------------------- gated_activation
     (lambda: gate(X, X[:2]), ValueError, "gated_activation: up has shape (2, 64)"),
     (lambda: gate(X, X.half()), TypeError, "gated_activation: up has dtype torch.float16"),
@@ -230,6 +273,14 @@ GOOD_BUT_ODD: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "attention, no keys": (
         lambda: attend(HEADS, KEYS[:, :, :0], KEYS[:, :, :0], causal=False),
         lambda: torch.zeros_like(HEADS),
+    ),
+    "attention, a table without pages": (
+        lambda: paged(TABLE[:, :0], torch.tensor([0, 0])),
+        lambda: torch.zeros_like(HEADS),
+    ),
+    "attention, nonsense in the table where no key is": (
+        lambda: paged(torch.tensor([[3, 1 << 40], [-5, -6]]), torch.tensor([8, 0])),
+        lambda: torch.cat([attend(HEADS[:1], POOL[3:], POOL[3:]), torch.zeros_like(HEADS[1:])]),
     ),
     "attention, no sequences": (lambda: attend(HEADS[:0], KEYS[:0], KEYS[:0]), lambda: HEADS[:0]),
 }

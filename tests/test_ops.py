@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastllm.backends import isa_names
-from fastllm.measure.verify import all_cases, case_inputs, forced, mutants, results, run_case, too_slow
+from fastllm.measure.verify import all_cases, case_inputs, expected, forced, mutants, refusal, results, run_case, too_slow
 
 SPECS = all_cases()
 THREADED_FLOPS = 200_000_000  # enough for a dozen chunks; the emulated and sanitized runs have to do them thrice too
@@ -18,6 +18,9 @@ EVERY = [pytest.param(spec, case, id=f"{spec.op}-{case.name}-{case.dtype}") for 
 def test_cpu_kernel_is_within_the_rule(spec, case, isa, poisoned):
     if too_slow(case, isa):
         pytest.skip("large, on the scalar rung")
+    why = refusal(spec, expected(spec, case).inputs, "cpu")
+    if why is not None:
+        pytest.skip(why)
     with forced("cpu", isa):
         verdict = run_case(spec, case)
     assert verdict.ok, verdict.why
@@ -38,6 +41,8 @@ def test_bits_do_not_depend_on_threads_or_repetition(spec, isa):
             if case.flops > THREADED_FLOPS:
                 continue
             inputs = case_inputs(spec, case)
+            if refusal(spec, inputs, "cpu") is not None:
+                continue
             outputs = []
             for count in (1, threads, threads):
                 torch.set_num_threads(count)

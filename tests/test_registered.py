@@ -5,6 +5,7 @@ The ops are those that the cases' public calls reach, with the arguments that th
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -316,6 +317,10 @@ def test_forced_backends(op, args):
         with fastllm.use_backend(name), pytest.raises(NotImplementedError, match=f"^{op.name}: no backend .*{name}: "):
             run(op, args)
     with fastllm.use_backend("cpu"):
+        if (why := next(b for b in op.backends if b.name == "cpu").refuse(*args)) is not None:
+            with pytest.raises(NotImplementedError, match=re.escape(f"cpu: {why}")):
+                run(op, args)
+            return
         forced = run(op, args)
     same(forced, run(op, args))
 

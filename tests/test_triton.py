@@ -20,6 +20,7 @@ from fastllm.measure.check import check
 from fastllm.measure.poison import poisoned as poisoned_outputs
 from fastllm.measure.verify import all_cases, case_inputs, device_of, forced, refusal, run_case, to_device, too_slow
 from fastllm.ops._triton import interpreting
+from fastllm.quant import quantize_rows
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -70,6 +71,30 @@ WRONG = [
     ("attention", "sinks are left out", "if HAS_SINKS:", "if False:"),
     ("attention", "kv_lens are not looked at", "if HAS_LENS:", "if False:"),
     ("attention", "the softcap is left out", "z = softcap * tanh(z * factor, q.dtype == tl.float32)", "z = z * factor"),
+    ("attention", "the table is not looked at", "page = tl.load(", "page = start // PAGE + 0 * tl.load("),
+    ("attention", "a page's first rows for all", "tl.cast(start % PAGE, tl.int64) * stride", "tl.cast(0, tl.int64) * stride"),
+    (
+        "attention",
+        "a page's row is off by one",
+        "((start + n) % PAGE).to(tl.int64) * stride + d",
+        "((start + n + 1) % PAGE) * stride + d",
+    ),
+    (
+        "attention",
+        "a page's scale is off by one",
+        "((start + n) % PAGE).to(tl.int64) * stride\n",
+        "((start + n + 1) % PAGE) * stride\n",
+    ),
+    ("attention", "k's scale is left out", "z *= _scales(", "z += 0.0 * _scales("),
+    ("attention", "v's scale is k's", "_scales(v_scale_ptr,", "_scales(k_scale_ptr,"),
+    (
+        "attention",
+        "v's scale is the next token's",
+        "p *= (scale",
+        "n = tl.arange(0, BLOCK_N)\n            p *= (tl.gather(scale, (n + 1) % BLOCK_N, 0)",
+    ),
+    ("attention", "weights of int8 stay 64 times too large", "acc *= 1.0 / 64.0", "acc *= 1.0"),
+    ("attention", "fp16 loses small weights of int8", "(scale * 64.0)", "(scale * 0.015625)"),
     ("quant_matmul", "no minimum", "tl.fma(q, scale, minimum) if HAS_MINIMUM else q * scale", "q * scale"),
     (
         "quant_matmul",
@@ -138,7 +163,7 @@ def mutant(folder, old, new, path):
 @pytest.mark.parametrize(("folder", "what", "old", "new"), WRONG, ids=[f"{w[0]}-{w[1]}" for w in WRONG])
 def test_a_wrong_kernel_fails(folder, what, old, new, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, f"fastllm.ops.{folder}.triton", mutant(folder, old, new, tmp_path))
-    for spec, case, backend in (p.values for p in CASES):
+    for spec, case, backend in sorted((p.values for p in CASES), key=lambda one: (one[1].flops, one[1].bytes)):
         if importlib.import_module(spec.call.__module__).__package__ != f"fastllm.ops.{folder}":
             continue
         with forced(backend), poisoned_outputs() as memory:
@@ -146,6 +171,31 @@ def test_a_wrong_kernel_fails(folder, what, old, new, tmp_path, monkeypatch):
             if not verdict.ok or memory.overrun():
                 return
     pytest.fail(f"no case of {folder} notices: {what}")
+
+
+@pytest.mark.parametrize("page", [16, 20, 64])
+@pytest.mark.parametrize("T", [1, 20])
+@pytest.mark.skipif(not interpreting(), reason="on a GPU, sums over another number of warps are other sums")
+def test_attention_over_pages_gives_the_bits_of_one_piece(page, T):
+    from fastllm.ops.attention import reference
+
+    spec = all_cases()["attention"]
+    g = torch.Generator().manual_seed(page + T)
+    q = torch.randn(2, 4, T, 64, generator=g)
+    pools = {name: torch.randn(12, 2, page, 64, generator=g) for name in "kv"}
+    quantized = {name: quantize_rows(pool) for name, pool in pools.items()}
+    table, kv_lens = torch.randperm(12, generator=g).view(2, 6), torch.tensor([5 * page + 3, page])
+    for cache in (
+        pools,
+        {name: x for name in "kv" for name, x in zip((name, f"{name}_scale"), quantized[name])},
+    ):
+        whole = {name: reference.whole(x, None, table, kv_lens) for name, x in cache.items()}
+        with forced("triton"):
+            y, expected = (
+                spec.call(**to_device({"q": q, "kv_lens": kv_lens, **both}, device_of("triton")))
+                for both in ({**cache, "block_table": table}, whole)
+            )
+        assert y.equal(expected)
 
 
 def test_without_the_interpreter_the_reason_is_given(monkeypatch):

@@ -19,7 +19,7 @@ from .. import backends as _backends
 from ..backends import Backend
 from ..errors import no_backend_error
 
-__all__ = ["OPS", "Op", "empty", "note_write", "refuse_unless_cpu"]
+__all__ = ["OPS", "Op", "empty", "note_write", "refuse_gradient", "refuse_unless_cpu"]
 
 _library = Library("fastllm", "DEF")
 OPS: dict[str, Op] = {}
@@ -99,9 +99,9 @@ class Op:
         if self.registered._schema.is_mutable:
             # PyTorch takes no formula for an op that writes into its arguments: refuse when called, not in the backward.
             _library.impl(name, self._serve_without_gradient, "Autograd", with_keyset=True)
-            self._refuse_gradient = _refusal(name, no_gradient)
+            self._refuse_gradient = refuse_gradient(name, no_gradient)
         else:
-            setup, formula = backward or (None, _refusal(name, no_gradient))
+            setup, formula = backward or (None, refuse_gradient(name, no_gradient))
             torch.library.register_autograd(qualified, formula, setup_context=setup, lib=_library)
         OPS[name] = self
 
@@ -178,7 +178,9 @@ def note_write(*tensors: torch.Tensor) -> None:
             torch.autograd.graph.increment_version(t)
 
 
-def _refusal(name: str, why: str) -> Callable[..., Any]:
+def refuse_gradient(name: str, why: str) -> Callable[..., Any]:
+    """A formula that says why there is none."""
+
     def refuse(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(
             f"{name}: no gradient, because {why}; call it under torch.no_grad(), "

@@ -62,8 +62,8 @@ def backend(package: str, run: str, refuse: str = "refuse", name: str = "triton"
 
 @functools.cache
 def _mend_interpreter() -> None:
-    """The interpreter of Triton 3.6 to 3.9 truncates fp32 to bf16, where every GPU rounds to the nearest, and multiplies the
-    bits of bf16 matrices as if they were integers."""
+    """The interpreter of Triton 3.6 to 3.9 truncates fp32 to bf16, where every GPU rounds to the nearest, multiplies the bits
+    of bf16 matrices as if they were integers, and takes an integer that becomes a bf16 for its bits."""
     from triton import language as tl
     from triton.runtime import interpreter
 
@@ -73,6 +73,8 @@ def _mend_interpreter() -> None:
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             data = torch.from_numpy(src.data.copy()).to(torch.bfloat16).view(torch.uint16).numpy()
             return interpreter.TensorHandle(data, dst_type.scalar)
+        if src.dtype.scalar.is_int() and dst_type.scalar == tl.bfloat16:
+            return cast_impl(self, cast(self, src, tl.float32), dst_type)
         return cast(self, src, dst_type)
 
     dot = interpreter.InterpreterBuilder.create_dot

@@ -1,7 +1,7 @@
-"""Quantised weights: the tensor, the rounding, and importers of stored formats."""
+"""Quantised weights: the tensor, the rounding, and importers of stored formats; and the rows of an int8 KV cache."""
 
 from fastllm.quant.formats import from_awq, from_gptq, from_hqq, from_q4_0, from_q4_1, from_q8_0
-from fastllm.quant.rounding import quantize
+from fastllm.quant.rounding import quantize, quantize_rows
 from fastllm.quant.tensor import QuantizedTensor, cat_rows
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "from_q4_1",
     "from_q8_0",
     "quantize",
+    "quantize_rows",
 ]

@@ -1,4 +1,4 @@
-"""Weights -> QuantizedTensor by rounding to the nearest step."""
+"""Weights -> QuantizedTensor, and rows of a KV cache -> int8, by rounding to the nearest step."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from torch import Tensor
 from fastllm.errors import dtype_error, shape_error, type_error, value_error
 from fastllm.quant.tensor import GROUP_SIZES, QuantizedTensor, store_integers
 
-__all__ = ["quantize"]
+__all__ = ["quantize", "quantize_rows"]
 
 CHUNK = 1 << 22  # weights rounded at a time: bounds the fp32 temporaries to some tens of MB
 CLIP_RATIOS = tuple(1.0 - 0.025 * step for step in range(17))  # 1.0 down to 0.6: what "search" tries for each group
+TINY = 2.0**-100  # a row below this counts as zero: 127 / amax must be finite
 MAX_END_ERROR = 0.125  # of a step: how far rounding the scale and minimum to fp16 may move an end of the range
 
 
@@ -75,6 +76,34 @@ def quantize(
         q = _integers(w, s, m, zero, top)
         data[part] = store_integers(q.to(torch.uint8).view(q.shape[0], k), bits)
     return QuantizedTensor.make(data, scale, minimum, zero=zero, shape=(n, k), bits=bits, group_size=group_size)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys or values for an int8 cache: 8 bits an element, one scale a row, as ``fastllm.attention`` reads them.
+
+    Formula: ``scale = max|x| / 127, q = round(x / scale)`` over the last dim, ties to even.
+
+    Args:
+        x: (..., D) fp32|bf16|fp16; of a cache (B, Hk, S, D), where a row is one head's token.
+
+    Returns: q (..., D) int8 and scale (...) fp32; q * scale is within half a step of x.
+    Raises: TypeError for a non-tensor or a dtype; ValueError where D is 0 or there is no dim.
+    Numerics: fp32. A row that holds an infinity or a NaN gets the scale NaN, so that whoever sees it notices. No gradient.
+    Cost: reads x twice.
+    """
+    if not isinstance(x, Tensor):
+        raise type_error("quantize_rows", "x", x, "a torch.Tensor")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise dtype_error("quantize_rows", "x", x.dtype, "torch.float32, torch.bfloat16 or torch.float16")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise shape_error("quantize_rows", "x", x.shape, "(..., D) with D of at least 1")
+    rows = x.detach().float()
+    amax = rows.abs().amax(-1)
+    usable = amax.isfinite() & (amax >= TINY)
+    steps = torch.full_like(amax, 127.0)  # a tensor: PyTorch turns number / tensor into number * (1 / tensor)
+    inverse = torch.where(usable, steps / amax, 0.0)
+    q = torch.where(usable[..., None], (rows * inverse[..., None]).round(), 0.0).to(torch.int8)
+    return q, torch.where(usable, amax / steps, torch.where(amax.isfinite(), 0.0, torch.nan))
 
 
 def _check(op: str, weight: Tensor, bits: int, group_size: int | None, method: str, importance: Tensor | None) -> int:

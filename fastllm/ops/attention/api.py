@@ -11,11 +11,11 @@ from torch import Tensor
 from ...backends import Backend
 from ...errors import dtype_error, shape_error, type_error, value_error
 from .. import _check, _op, _triton
-from . import native, reference
+from . import native, reference, values
 
 _SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? kv_lens, Tensor? sinks, bool causal, float scale, "
-    "int? window, float? softcap) -> Tensor"
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? kv_lens, Tensor? sinks, Tensor? block_table, Tensor? k_scale, "
+    "Tensor? v_scale, bool causal, float scale, int? window, float? softcap) -> Tensor"
 )
 
 
@@ -31,21 +31,33 @@ def _prepare(
     mask: Tensor | None = None,
     kv_lens: Tensor | None = None,
     sinks: Tensor | None = None,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Any, ...]:
     _check.floating("attention", "q", q)
-    _check.like("attention", "k", k, q.dtype, q.device, "q")
-    _check.like("attention", "v", v, q.dtype, q.device, "q")
+    quantized = k_scale is not None or v_scale is not None
+    dtype, to_match = (torch.int8, "k_scale and v_scale") if quantized else (q.dtype, "q")
+    _check.like("attention", "k", k, dtype, q.device, to_match)
+    _check.like("attention", "v", v, dtype, q.device, to_match)
     if q.dim() != 4 or q.shape[1] == 0 or q.shape[3] == 0:
         raise shape_error("attention", "q", q.shape, "(B, H, T, D) with H and D of at least 1")
     B, H, _, D = q.shape
-    if k.dim() != 4 or k.shape[0] != B or k.shape[3] != D:
+    if block_table is not None:
+        S = _check_pages(q, k, kv_lens, block_table)
+    elif k.dim() != 4 or k.shape[0] != B or k.shape[3] != D:
         raise shape_error("attention", "k", k.shape, f"({B}, Hk, S, {D})", f"to match q {tuple(q.shape)}")
-    Hk, S = k.shape[1], k.shape[2]
+    else:
+        S = k.shape[2]
+    Hk = k.shape[1]
     if Hk == 0 or H % Hk != 0:
         because = f"because each of its heads serves the same number of the {H} heads of q"
         raise shape_error("attention", "k", k.shape, f"a number of heads that divides {H}", because)
     if v.shape != k.shape:
         raise shape_error("attention", "v", v.shape, f"{tuple(k.shape)}", "to match k")
+    if quantized:
+        _check_scale("k_scale", k_scale, k)
+        _check_scale("v_scale", v_scale, k)
     if not isinstance(causal, bool):
         raise type_error("attention", "causal", causal, "True or False")
     for name, value in (("scale", scale), ("window", window), ("softcap", softcap)):
@@ -74,7 +86,34 @@ def _prepare(
             raise shape_error("attention", "sinks", sinks.shape, f"({H},)", "one logit a head of q")
         _check_device("sinks", sinks, q)
     scale = D**-0.5 if scale is None else float(scale)
-    return q, k, v, mask, kv_lens, sinks, causal, scale, window, None if softcap is None else float(softcap)
+    softcap = None if softcap is None else float(softcap)
+    return q, k, v, mask, kv_lens, sinks, block_table, k_scale, v_scale, causal, scale, window, softcap
+
+
+def _check_scale(name: str, scale: Any, k: Tensor) -> None:
+    _check.tensor("attention", name, scale)
+    if scale.dtype != torch.float32:
+        raise dtype_error("attention", name, scale.dtype, "torch.float32")
+    _check_device(name, scale, k)
+    if scale.shape != k.shape[:3]:
+        raise shape_error("attention", name, scale.shape, f"{tuple(k.shape[:3])}", "one scale a token and head of k")
+
+
+def _check_pages(q: Tensor, k: Tensor, kv_lens: Any, block_table: Any) -> int:
+    """Returns S, the tokens that a row of the table has room for."""
+    _check.tensor("attention", "block_table", block_table)
+    if block_table.dtype not in (torch.int32, torch.int64):
+        raise dtype_error("attention", "block_table", block_table.dtype, "torch.int32 or torch.int64")
+    if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
+        expected = f"({q.shape[0]}, max_pages)"
+        raise shape_error("attention", "block_table", block_table.shape, expected, "one row of pages a sequence of q")
+    _check_device("block_table", block_table, q)
+    if k.dim() != 4 or k.shape[0] == 0 or k.shape[2] == 0 or k.shape[3] != q.shape[3]:
+        expected = f"(num_pages, Hk, page, {q.shape[3]}) with num_pages and page of at least 1"
+        raise shape_error("attention", "k", k.shape, expected, "because block_table is given")
+    if kv_lens is None:
+        raise type_error("attention", "kv_lens", kv_lens, "a torch.Tensor", "because block_table is given")
+    return int(block_table.shape[1] * k.shape[2])
 
 
 def _check_mask(mask: Tensor, q: Tensor, S: int) -> None:
@@ -103,13 +142,30 @@ def _reference(
     mask: Tensor | None,
     kv_lens: Tensor | None,
     sinks: Tensor | None,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     causal: bool,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
+    if block_table is not None and block_table.is_cpu:
+        values.check_pages(block_table, kv_lens, k)
     o = reference.attention(
-        q, k, v, causal, scale=scale, window=window, softcap=softcap, mask=mask, kv_lens=kv_lens, sinks=sinks
+        q,
+        k,
+        v,
+        causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        mask=mask,
+        kv_lens=kv_lens,
+        sinks=sinks,
+        block_table=block_table,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     return o.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
@@ -136,7 +192,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     With P the weights, z the masked scores and g = dP - sum over keys of dP P: dz = P g; dv = P^T do; dP = do v^T; the sink,
     a key of value 0, has g = -sum over keys of dP P.
     """
-    q, k, v, mask, kv_lens, sinks = ctx.saved_tensors
+    q, k, v, mask, kv_lens, sinks, block_table, k_scale, _v_scale = ctx.saved_tensors
+    if block_table is not None or k_scale is not None:
+        _refuse_gradient(ctx)
     G = q.shape[1] // k.shape[1]
     grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (q, k, v))
     mask4 = None if mask is None else mask[(None,) * (4 - mask.dim())]
@@ -176,9 +234,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         None,
         None,
         None,
+        None,
+        None,
+        None,
     )
 
 
+_refuse_gradient = _op.refuse_gradient("attention", "a cache in pages or in int8 is read while generating")
 _attention = _op.Op(
     "attention",
     _SCHEMA,
@@ -205,6 +267,9 @@ def attention(
     mask: Tensor | None = None,
     kv_lens: Tensor | None = None,
     sinks: Tensor | None = None,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention of each query over the keys that it sees; two kernels, for prefill and for decode, under one name.
 
@@ -224,20 +289,44 @@ def attention(
         mask: broadcasts to (B, H, T, S): boolean (True is visible), or fp32 or q's dtype, added to the scores.
         kv_lens: (B,) int32|int64 from 0 to S: keys from kv_lens[b] on are not there, whatever k and v hold.
         sinks: (H,) fp32 or q's dtype: a logit a head that only adds exp(sink) to the softmax's denominator.
+        block_table: (B, max_pages) int32|int64: k and v are then pools (num_pages, Hk, page, D), S is max_pages * page, and
+            key s of sequence b is row s % page of page block_table[b, s // page]. It needs kv_lens; entries of pages from
+            kv_lens[b] on, and rows of pages that no key is in, may hold anything.
+        k_scale, v_scale: (B, Hk, S) fp32, or (num_pages, Hk, page): k and v are then int8, and a value is its integer times
+            its token's scale. fastllm.quant.quantize_rows makes them.
 
     Returns:
         o (B, H, T, D) of q's dtype, a view of a contiguous (B, T, H, D): o.transpose(1, 2).reshape(B, T, H * D) is free.
         A query that sees no key gets zeros.
 
     Raises:
-        TypeError: a dtype, or a non-tensor. ValueError: a shape, a range, a kv_lens outside of 0 to S.
+        TypeError: a dtype, or a non-tensor. ValueError: a shape, a range; on the CPU also a kv_lens outside of 0 to S and a
+        page in use that is not in the pool. On CUDA those two are not looked at, for that would wait for the GPU: a length
+        is bounded to 0 to S, a wrong page is read from wherever it would be.
 
     Numerics: scores, weights and sums in fp32, rounded once at the end. Bits do not depend on the number of threads, nor
     on the other sequences of the batch. A NaN in a visible key, value or mask reaches the rows that see it. Gradients to
-    q, k, v, mask and sinks, recomputed in fp32 with 4 G T S floats of memory at a time.
-    Cost: bytes of q, k, v and o; 4 D flops for each pair of a query and a key that it sees. No T x S matrix is made.
+    q, k, v, mask and sinks, recomputed in fp32 with 4 G T S floats of memory at a time; none with pages or int8. The
+    integers of an int8 cache enter the products exactly; the score takes k's scale in fp32, the weight v's before it is
+    rounded as ever.
+    Cost: bytes of q, k, v and o; 4 D flops for each pair of a query and a key that it sees. No T x S matrix is made, nor a
+    dequantised or gathered copy, except by the reference, which serves pages and int8 on the CPU.
     Source: Vaswani et al. 2017; Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022 (blocks); reference.py has
-    those of the variants.
+    those of the variants and of pages.
     """
-    args = _prepare(q, k, v, causal, scale=scale, window=window, softcap=softcap, mask=mask, kv_lens=kv_lens, sinks=sinks)
+    args = _prepare(
+        q,
+        k,
+        v,
+        causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        mask=mask,
+        kv_lens=kv_lens,
+        sinks=sinks,
+        block_table=block_table,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
     return _attention(*args)

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ...quant import quantize_rows
 from .._case import Case, OpCases
 from . import reference
 from .api import attention
@@ -27,8 +28,15 @@ def torch_attention(
     mask: Tensor | None = None,
     kv_lens: Tensor | None = None,
     sinks: Tensor | None = None,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
-    """SDPA; for softcap and sinks, which it lacks, transformers' eager attention of Gemma 2 and GPT-OSS, op for op."""
+    """SDPA; for softcap and sinks, which it lacks, transformers' eager attention of Gemma 2 and GPT-OSS, op for op. Pages are
+    gathered and int8 is dequantised to q's dtype beforehand."""
+    if block_table is not None or k_scale is not None:
+        k, v = (reference.whole(x, scale, block_table, kv_lens).to(q.dtype) for x, scale in ((k, k_scale), (v, v_scale)))
+        k, v = reference.valid(k, kv_lens), reference.valid(v, kv_lens)
     B, H, T, D = q.shape
     G, S = H // k.shape[1], k.shape[2]
     aligned = window is None and mask is None and kv_lens is None and (not causal or T in (1, S))
@@ -121,10 +129,57 @@ def _scaled(factor: float) -> Extra:
     return scale
 
 
+def _smaller(inputs: dict[str, Any], g: Generator) -> None:
+    """Values so small that fp16 could not hold a weight times a step of their int8."""
+    inputs["v"] = inputs["v"] * 1e-3
+
+
 def _interleaved(inputs: dict[str, Any], g: Generator) -> None:
     """k and v as views of one (B, S, 2, Hk, D) buffer, as a fused projection leaves them."""
     joint = torch.stack([inputs["k"], inputs["v"]]).permute(1, 3, 0, 2, 4).contiguous()
     inputs["k"], inputs["v"] = (joint[:, :, i].transpose(1, 2) for i in range(2))
+
+
+def _int8(inputs: dict[str, Any], g: Generator) -> None:
+    """As a cache keeps them: tokens of different sizes, so that a scale belongs to one token."""
+    for name in "kv":
+        x = inputs[name]
+        size = torch.exp(torch.randn(*x.shape[:3], 1, generator=g) / 2)
+        inputs[name], inputs[f"{name}_scale"] = quantize_rows(x * size)
+
+
+def _paged(page: int, *lens: int, max_pages: int = 0, dtype: torch.dtype = torch.int32, int8: bool = False) -> Extra:
+    """k and v cut into the pages of a pool, in no order. What no length covers holds NaN (where an integer cannot, its scale
+    does), and what a table says of pages that are not in use is nonsense."""
+
+    def add(inputs: dict[str, Any], g: Generator) -> None:
+        if int8:
+            _int8(inputs, g)
+        used = [-(-n // page) for n in lens]
+        order = torch.randperm(sum(used) + 3, generator=g)  # three pages are nobody's
+        table = torch.full((len(lens), max(max_pages, *used)), 1 << 30, dtype=dtype)
+        table[:, -1] = -7
+        pools = {name: inputs[name] for name in ("k", "v", "k_scale", "v_scale") if name in inputs}
+        for name, x in pools.items():
+            shape = (len(order), x.shape[1], page, *x.shape[3:])
+            inputs[name] = torch.full(shape, math.nan if x.is_floating_point() else 77, dtype=x.dtype)
+        for b, n in enumerate(lens):
+            for i in range(used[b]):
+                table[b, i], order = order[0], order[1:]
+                rows = slice(i * page, min(n, (i + 1) * page))
+                for name, x in pools.items():
+                    inputs[name][table[b, i], :, : rows.stop - rows.start] = x[b, :, rows]
+        inputs["block_table"], inputs["kv_lens"] = table, torch.tensor(lens)
+
+    return add
+
+
+def _both(*extras: Extra) -> Extra:
+    def add(inputs: dict[str, Any], g: Generator) -> None:
+        for extra in extras:
+            extra(inputs, g)
+
+    return add
 
 
 def _cases() -> list[Case]:
@@ -204,6 +259,26 @@ def _cases() -> list[Case]:
         add("large scores decode", 4, 32, 16, 1, 400, 64, extra=_scaled(30.0))
         add("strided keys", 2, 4, 2, 40, 40, 64, extra=_interleaved)
         add("strided keys decode", 2, 16, 8, 1, 40, 64, extra=_interleaved)
+        add("pages of 16", 3, 4, 2, 1, 300, 64, extra=_paged(16, 1, 150, 300))
+        add("pages of 64, T 3", 2, 4, 2, 3, 290, 64, extra=_paged(64, 290, 67, max_pages=7, dtype=torch.int64))
+        add("pages of 20, a longer table", 2, 16, 2, 1, 270, 32, extra=_paged(20, 41, 270, max_pages=20))
+        add("pages of 128, none in use", 2, 4, 1, 1, 140, 64, extra=_paged(128, 0, 140))
+        add("pages of 1", 1, 4, 2, 1, 70, 40, extra=_paged(1, 70))
+        add("pages of 16 prefill", 2, 4, 2, 20, 90, 64, extra=_paged(16, 90, 31))
+        add("pages of 64 prefill, window 30", 2, 2, 1, 40, 200, 64, window=30, extra=_paged(64, 200, 111))
+        add("pages of 16, window 100", 2, 6, 2, 1, 600, 32, window=100, extra=_paged(16, 333, 600))
+        add("pages of 16, sinks, softcap 9", 2, 8, 2, 1, 200, 64, softcap=9.0, extra=_both(_paged(16, 200, 9), _sinks))
+        add("pages of 16, mask", 2, 4, 2, 1, 96, 64, extra=_both(_paged(16, 96, 50), _mask(2, 1, 1, 96, boolean=True)))
+        add("int8", 2, 6, 2, 1, 300, 64, extra=_int8)
+        add("int8, lengths, window, sinks", 3, 4, 2, 1, 300, 64, window=90, extra=_both(_int8, _lens(300, 1, 120), _sinks))
+        add("int8, additive mask, D 80", 2, 4, 2, 2, 66, 80, extra=_both(_int8, _mask(2, 4, 2, 66, boolean=False)))
+        add("int8, small values", 1, 4, 2, 1, 130, 64, extra=_both(_smaller, _int8))
+        add("int8, large scores", 2, 8, 2, 1, 200, 64, extra=_both(_scaled(30.0), _int8))
+        add("int8 prefill", 2, 4, 2, 20, 90, 64, extra=_int8)
+        add("int8, pages of 16", 3, 4, 2, 1, 300, 64, extra=_paged(16, 17, 300, 144, int8=True))
+        add("int8, pages of 64, bidirectional", 2, 4, 2, 2, 190, 128, causal=False, extra=_paged(64, 190, 64, int8=True))
+        add("int8, pages of 20, multi-query", 4, 16, 1, 1, 150, 64, extra=_paged(20, 150, 99, 20, 57, int8=True))
+        add("int8, pages of 16 prefill", 1, 4, 2, 40, 90, 64, extra=_paged(16, 77, int8=True))
         add("no queries", 1, 4, 2, 0, 9, 64)
         add("no sequences", 0, 4, 2, 3, 9, 64)
     return cases
@@ -247,6 +322,33 @@ def _last_key_dropped(**inputs: Any) -> Tensor:
     return reference.attention(**{**inputs, "mask": torch.arange(S) < S - 1})
 
 
+def _with(**changes: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The reference with some tensors replaced where they are given, each by a function of itself."""
+
+    def call(**inputs: Any) -> Tensor:
+        given = {name: change(inputs[name]) for name, change in changes.items() if inputs.get(name) is not None}
+        return reference.attention(**{**inputs, **given})
+
+    return call
+
+
+def _in_pages(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The reference with k and v changed where they are pools of pages."""
+
+    def call(**inputs: Any) -> Tensor:
+        return (_with(k=change, v=change) if inputs.get("block_table") is not None else reference.attention)(**inputs)
+
+    return call
+
+
+def _table_ignored(**inputs: Any) -> Tensor:
+    """Pages as they lie in the pool, one sequence's after another's."""
+    table = inputs.get("block_table")
+    if table is not None:
+        inputs = {**inputs, "block_table": torch.arange(table.numel()).view(table.shape) % len(inputs["k"])}
+    return reference.attention(**inputs)
+
+
 CASES = OpCases(
     op="attention",
     call=attention,
@@ -270,5 +372,14 @@ CASES = OpCases(
         "sinks are ignored": _variant(sinks=lambda inputs: None),
         "query heads are mapped by modulo": _by_modulo,
         "the last key is dropped": _last_key_dropped,
+        "block_table is ignored": _table_ignored,
+        "a page is its neighbour in the pool": _in_pages(lambda pool: pool.roll(1, 0)),
+        "a page's rows are off by one": _in_pages(lambda pool: pool.roll(1, 2)),
+        "a page's heads are swapped": _in_pages(lambda pool: pool.flip(1)),
+        "k_scale is dropped": _with(k_scale=torch.ones_like),
+        "v_scale is dropped": _with(v_scale=torch.ones_like),
+        "k_scale is the next token's": _with(k_scale=lambda scale: scale.roll(-1, 2)),
+        "v_scale is the next token's": _with(v_scale=lambda scale: scale.roll(-1, 2)),
+        "v_scale is the other head's": _with(v_scale=lambda scale: scale.flip(1)),
     },
 )

@@ -16,9 +16,15 @@ _cpu: Any = cpu_module()
 DECODE_ROWS = 16
 
 
-def refuse(q: Tensor, k: Tensor, v: Tensor, mask: Any, kv_lens: Any, sinks: Any, *_: object) -> str | None:
+def refuse(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, kv_lens: Any, sinks: Any, block_table: Any, k_scale: Any, *_: object
+) -> str | None:
     reason = _op.refuse_unless_cpu(q, k, v, mask, kv_lens, sinks)
     if reason is None:
+        if block_table is not None:
+            return "it reads keys and values that lie in one piece a head, not in pages"
+        if k_scale is not None:
+            return "it reads keys and values of q's dtype, not int8"
         for name, x in (("q", q), ("k", k), ("v", v)):
             if x.stride(-1) != 1 and x.shape[-1] != 1 and x.numel():
                 return f"it reads heads whose last dim has stride 1; {name} has stride {x.stride(-1)}"
@@ -32,6 +38,9 @@ def attention(
     mask: Tensor | None,
     kv_lens: Tensor | None,
     sinks: Tensor | None,
+    block_table: None,
+    k_scale: None,
+    v_scale: None,
     causal: bool,
     scale: float,
     window: int | None,

@@ -1,7 +1,7 @@
 """Attention in plain PyTorch (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762), with the variants of LLaMA-family models.
 
 Grouped key/value heads: Ainslie et al. 2023, arXiv:2305.13245. Sliding window: Jiang et al. 2023, arXiv:2310.06825.
-Softcap: Gemma 2, arXiv:2408.00118. Sinks: GPT-OSS, arXiv:2508.10925.
+Softcap: Gemma 2, arXiv:2408.00118. Sinks: GPT-OSS, arXiv:2508.10925. Pages: Kwon et al. 2023 (vLLM), arXiv:2309.06180.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ def attention(
     mask: Tensor | None = None,
     kv_lens: Tensor | None = None,
     sinks: Tensor | None = None,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
+    k, v = whole(k, k_scale, block_table, kv_lens), whole(v, v_scale, block_table, kv_lens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     see = visible(q, k, causal, window, kv_lens)
     k, v = valid(k, kv_lens), valid(v, kv_lens)
@@ -37,6 +41,17 @@ def attention(
         p, _ = softmax(score, None if sinks is None else sinks[group])
         outputs.append((p @ wide(v[:, head : head + 1])).to(q.dtype))
     return torch.cat(outputs, 1)
+
+
+def whole(x: Tensor, scale: Tensor | None, block_table: Tensor | None, kv_lens: Tensor | None) -> Tensor:
+    """k or v as (B, Hk, S, D): int8 multiplied by its scale, and pages (num_pages, Hk, page, D) put in their order."""
+    if scale is not None:
+        x = x.to(scale.dtype) * scale[..., None]
+    if block_table is None or kv_lens is None:
+        return x
+    page = x.shape[2]
+    used = torch.arange(block_table.shape[1], device=x.device) * page < kv_lens[:, None]
+    return x[block_table.masked_fill(~used, 0)].transpose(1, 2).flatten(2, 3)
 
 
 def wide(x: Tensor) -> Tensor:

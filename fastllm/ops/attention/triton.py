@@ -25,6 +25,7 @@ from .. import _op
 from .._launch import GPU, LaunchTable, warps
 from .._triton import COMPILER, Build, device_of, power_of_two
 from .._triton_kernels import tanh
+from . import values
 
 # Up to this many rows (query tokens times query heads that share a key/value head) the decode kernel serves.
 DECODE_ROWS = 16
@@ -63,13 +64,32 @@ def _visible(keys, low, high, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.const
 
 
 @triton.jit
+def _pages(table_ptr, stride, start, keys, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, PAGE: tl.constexpr):
+    """Where tokens [start, start + BLOCK_N) lie: one page for all where pages hold whole tiles, else a page for each; the
+    table is not read from ``keys`` on."""
+    if PAGE % BLOCK_N == 0:
+        page = tl.load(table_ptr + start // PAGE * stride)
+    else:
+        n = tl.arange(0, BLOCK_N)
+        at = table_ptr + (start + n) // PAGE * stride
+        page = tl.load(at, mask=n < keys - start, other=0) if EDGE else tl.load(at)
+    return page.to(tl.int64)
+
+
+@triton.jit
 def _tile(
-    ptr, start, stride, keys, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr
+    ptr, start, stride, page, stride_page, keys,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Tokens [start, start + BLOCK_N) of k or v; zeros beyond D and, at an edge, from ``keys`` on, whatever lies there."""
     n = tl.arange(0, BLOCK_N)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
-    at = ptr + tl.cast(start, tl.int64) * stride + (n * stride + d)  # in a tile 32 bits reach, see refuse()
+    if PAGE == 0:
+        at = ptr + tl.cast(start, tl.int64) * stride + (n * stride + d)  # in a tile 32 bits reach, see refuse()
+    elif PAGE % BLOCK_N == 0:
+        at = ptr + page * stride_page + tl.cast(start % PAGE, tl.int64) * stride + (n * stride + d)
+    else:
+        at = ptr + page[:, None] * stride_page + ((start + n) % PAGE).to(tl.int64) * stride + d
     if EDGE:
         inside = n < keys - start
         x = tl.load(at, mask=inside if BLOCK_D == D else inside & (d < D), other=0.0)
@@ -81,12 +101,26 @@ def _tile(
 
 
 @triton.jit
+def _scales(
+    ptr, start, stride, page, stride_page, keys, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, PAGE: tl.constexpr
+):  # fmt: skip
+    """What a step of int8 is worth in tokens [start, start + BLOCK_N) of k or v; 0 from ``keys`` on."""
+    n = tl.arange(0, BLOCK_N)
+    if PAGE == 0:
+        at = ptr + (start + n).to(tl.int64) * stride
+    else:
+        at = ptr + page * stride_page + ((start + n) % PAGE).to(tl.int64) * stride
+    return tl.load(at, mask=n < keys - start, other=0.0) if EDGE else tl.load(at)
+
+
+@triton.jit
 def _walk(
-    acc, top, total, q, first, last, keys, position, k_ptr, v_ptr, stride_ks, stride_vs, mask_at, mask_row, stride_ms,
-    factor, c, softcap, window,
+    acc, top, total, q, first, last, keys, position, k_ptr, v_ptr, stride_ks, stride_vs, pages, scales,
+    mask_at, mask_row, stride_ms, factor, c, softcap, window,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_MASK: tl.constexpr, ADDITIVE: tl.constexpr, SCALED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    PAGE: tl.constexpr, HAS_SCALES: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [first, last) to (acc, top, total), the online softmax of the rows of q; first is a multiple of BLOCK_N.
 
@@ -95,11 +129,22 @@ def _walk(
     lowest float, which c would turn into minus infinity: there top is max(z) and the weight 2^(c (z - top)).
 
     mask_at (rows, 1) points at each row of the mask, mask_row (rows, 1) is whether there is such a row.
+    pages (block table's row, its stride, strides of k's and v's pages) is used where PAGE, a page's tokens, is not 0.
+    scales (of k, its strides, of v, its strides) belong to an int8 cache. Its integers are exact in q's dtype and k's scale
+    multiplies the score; v's goes into the weight, 64 times larger, so that fp16 holds it wherever fp16 would hold v: acc is
+    then 64 times too large.
     """
     n = tl.arange(0, BLOCK_N)[None, :]
+    table_ptr, stride_tp, stride_kp, stride_vp = pages
+    k_scale_ptr, stride_k_scale_p, stride_k_scale_s, v_scale_ptr, stride_v_scale_p, stride_v_scale_s = scales
     for start in range(first, last, BLOCK_N):
-        k = _tile(k_ptr, start, stride_ks, keys, D, BLOCK_N, BLOCK_D, EDGE)
+        page = 0
+        if PAGE > 0:
+            page = _pages(table_ptr, stride_tp, start, keys, BLOCK_N, EDGE, PAGE)
+        k = _tile(k_ptr, start, stride_ks, page, stride_kp, keys, D, BLOCK_N, BLOCK_D, EDGE, PAGE).to(q.dtype)
         z = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if HAS_SCALES:
+            z *= _scales(k_scale_ptr, start, stride_k_scale_s, page, stride_k_scale_p, keys, BLOCK_N, EDGE, PAGE)[None, :]
         if HAS_SOFTCAP:
             z = softcap * tanh(z * factor, q.dtype == tl.float32)
         elif SCALED:
@@ -134,9 +179,39 @@ def _walk(
             correction = tl.exp2(top - shift)
         top = new
         total = total * correction + tl.sum(p, 1)
-        v = _tile(v_ptr, start, stride_vs, keys, D, BLOCK_N, BLOCK_D, EDGE)
+        v = _tile(v_ptr, start, stride_vs, page, stride_vp, keys, D, BLOCK_N, BLOCK_D, EDGE, PAGE).to(q.dtype)
+        if HAS_SCALES:
+            scale = _scales(v_scale_ptr, start, stride_v_scale_s, page, stride_v_scale_p, keys, BLOCK_N, EDGE, PAGE)
+            p *= (scale * 64.0)[None, :]
         acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision="ieee")
     return acc, top, total
+
+
+@triton.jit
+def _cache(
+    k_ptr, v_ptr, table_ptr, k_scale_ptr, v_scale_ptr, b, head,
+    stride_kb, stride_kh, stride_vb, stride_vh, stride_tb, stride_tp,
+    stride_k_scale_b, stride_k_scale_h, stride_k_scale_s, stride_v_scale_b, stride_v_scale_h, stride_v_scale_s,
+    PAGE: tl.constexpr, HAS_SCALES: tl.constexpr,
+):  # fmt: skip
+    """k and v of one key/value head and, as _walk takes them, its pages and scales. The first dim of each is the sequence,
+    or the page."""
+    if PAGE == 0:
+        k_ptr += b * stride_kb + head * stride_kh
+        v_ptr += b * stride_vb + head * stride_vh
+    else:
+        k_ptr += head * stride_kh
+        v_ptr += head * stride_vh
+        table_ptr += b * stride_tb
+    if HAS_SCALES:
+        k_scale_ptr += head * stride_k_scale_h
+        v_scale_ptr += head * stride_v_scale_h
+        if PAGE == 0:
+            k_scale_ptr += b * stride_k_scale_b
+            v_scale_ptr += b * stride_v_scale_b
+    pages = (table_ptr, stride_tp, stride_kb, stride_vb)
+    scales = (k_scale_ptr, stride_k_scale_b, stride_k_scale_s, v_scale_ptr, stride_v_scale_b, stride_v_scale_s)
+    return k_ptr, v_ptr, pages, scales
 
 
 @triton.jit
@@ -150,14 +225,16 @@ def _sink(sinks_ptr, at, ADDITIVE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "S"])
 def _attention_prefill_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, lens_ptr, sinks_ptr, o_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, lens_ptr, sinks_ptr, table_ptr, k_scale_ptr, v_scale_ptr, o_ptr,
     T, S, G, factor, c, softcap, window,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_ot, stride_mb, stride_mh, stride_mt, stride_ms, stride_lens, stride_sinks,
+    stride_tb, stride_tp,
+    stride_k_scale_b, stride_k_scale_h, stride_k_scale_s, stride_v_scale_b, stride_v_scale_h, stride_v_scale_s,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_MASK: tl.constexpr, ADDITIVE: tl.constexpr, SCALED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_LENS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_LENS: tl.constexpr, HAS_SINKS: tl.constexpr, PAGE: tl.constexpr, HAS_SCALES: tl.constexpr,
 ):  # fmt: skip
     """A program: BLOCK_M queries of one head. Tiles of keys that all of them see need no comparison."""
     # Causal: the last queries see the most keys and go first, so that no long program is left at the end.
@@ -171,8 +248,12 @@ def _attention_prefill_kernel(
     inside = row & (d < D)
     q_at = q_ptr + b * stride_qb + h * stride_qh + t0.to(tl.int64) * stride_qt + (m0 * stride_qt + d)
     q = tl.load(q_at, mask=inside, other=0.0)
-    k_ptr += b * stride_kb + h // G * stride_kh
-    v_ptr += b * stride_vb + h // G * stride_vh
+    k_ptr, v_ptr, pages, scales = _cache(
+        k_ptr, v_ptr, table_ptr, k_scale_ptr, v_scale_ptr, b, h // G,
+        stride_kb, stride_kh, stride_vb, stride_vh, stride_tb, stride_tp,
+        stride_k_scale_b, stride_k_scale_h, stride_k_scale_s, stride_v_scale_b, stride_v_scale_h, stride_v_scale_s,
+        PAGE, HAS_SCALES,
+    )  # fmt: skip
     mask_at = mask_ptr
     if HAS_MASK:
         mask_at = mask_ptr + b * stride_mb + h * stride_mh + (t0 + m0).to(tl.int64) * stride_mt
@@ -196,18 +277,22 @@ def _attention_prefill_kernel(
     if HAS_WINDOW:
         acc, top, total = _walk(
             acc, top, total, q, first, tl.minimum(full, end), keys, position,
-            k_ptr, v_ptr, stride_ks, stride_vs, mask_at, row, stride_ms,
-            factor, c, softcap, window, D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP,
+            k_ptr, v_ptr, stride_ks, stride_vs, pages, scales, mask_at, row, stride_ms, factor, c, softcap, window,
+            D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES,
         )  # fmt: skip
     acc, top, total = _walk(
-        acc, top, total, q, full, edge, keys, position, k_ptr, v_ptr, stride_ks, stride_vs, mask_at, row, stride_ms,
-        factor, c, softcap, window, D, BLOCK_N, BLOCK_D, False, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP,
+        acc, top, total, q, full, edge, keys, position,
+        k_ptr, v_ptr, stride_ks, stride_vs, pages, scales, mask_at, row, stride_ms, factor, c, softcap, window,
+        D, BLOCK_N, BLOCK_D, False, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES,
     )  # fmt: skip
     acc, top, total = _walk(
-        acc, top, total, q, edge, end, keys, position, k_ptr, v_ptr, stride_ks, stride_vs, mask_at, row, stride_ms,
-        factor, c, softcap, window, D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP,
+        acc, top, total, q, edge, end, keys, position,
+        k_ptr, v_ptr, stride_ks, stride_vs, pages, scales, mask_at, row, stride_ms, factor, c, softcap, window,
+        D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES,
     )  # fmt: skip
 
+    if HAS_SCALES:
+        acc *= 1.0 / 64.0
     o = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # a row that sees no key has acc 0, and gives zeros
     o_at = o_ptr + b * stride_ob + h * stride_oh + t0.to(tl.int64) * stride_ot + (m0 * stride_ot + d)
     tl.store(o_at, o.to(q.dtype), mask=inside)
@@ -215,14 +300,16 @@ def _attention_prefill_kernel(
 
 @triton.jit(do_not_specialize=["T", "S"])
 def _attention_decode_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, lens_ptr, acc_ptr, top_ptr, total_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, lens_ptr, table_ptr, k_scale_ptr, v_scale_ptr, acc_ptr, top_ptr, total_ptr,
     T, S, H, Hk, factor, c, softcap, window,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_mb, stride_mh, stride_mt, stride_ms, stride_lens,
+    stride_tb, stride_tp,
+    stride_k_scale_b, stride_k_scale_h, stride_k_scale_s, stride_v_scale_b, stride_v_scale_h, stride_v_scale_s,
     D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_MASK: tl.constexpr, ADDITIVE: tl.constexpr, SCALED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_LENS: tl.constexpr,
+    HAS_LENS: tl.constexpr, PAGE: tl.constexpr, HAS_SCALES: tl.constexpr,
 ):  # fmt: skip
     """A program: one split of the keys of one key/value head, for BLOCK_M of the T * G rows that share it, token-major."""
     split = tl.program_id(0)
@@ -246,8 +333,12 @@ def _attention_decode_kernel(
     d = tl.arange(0, BLOCK_D)[None, :]
     q_at = q_ptr + b * stride_qb + h * stride_qh + t.to(tl.int64) * stride_qt + d
     q = tl.load(q_at, mask=row & (d < D), other=0.0)
-    k_ptr += b * stride_kb + head * stride_kh
-    v_ptr += b * stride_vb + head * stride_vh
+    k_ptr, v_ptr, pages, scales = _cache(
+        k_ptr, v_ptr, table_ptr, k_scale_ptr, v_scale_ptr, b, head,
+        stride_kb, stride_kh, stride_vb, stride_vh, stride_tb, stride_tp,
+        stride_k_scale_b, stride_k_scale_h, stride_k_scale_s, stride_v_scale_b, stride_v_scale_h, stride_v_scale_s,
+        PAGE, HAS_SCALES,
+    )  # fmt: skip
     mask_at = mask_ptr
     if HAS_MASK:
         mask_at = mask_ptr + b * stride_mb + h * stride_mh + t.to(tl.int64) * stride_mt
@@ -255,9 +346,12 @@ def _attention_decode_kernel(
         tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
         tl.full([BLOCK_M], float("-inf"), tl.float32),
         tl.zeros([BLOCK_M], tl.float32),
-        q, first // BLOCK_N * BLOCK_N, last, keys, keys - T + t, k_ptr, v_ptr, stride_ks, stride_vs, mask_at, row, stride_ms,
-        factor, c, softcap, window, D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP,
+        q, first // BLOCK_N * BLOCK_N, last, keys, keys - T + t,
+        k_ptr, v_ptr, stride_ks, stride_vs, pages, scales, mask_at, row, stride_ms, factor, c, softcap, window,
+        D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES,
     )  # fmt: skip
+    if HAS_SCALES:
+        acc *= 1.0 / 64.0
 
     at = ((b * H + h) * T + t) * tl.num_programs(0) + split  # scratch is (B, H, T, splits) and (B, H, T, splits, D)
     tl.store(top_ptr + at, top[:, None], mask=row)
@@ -327,8 +421,8 @@ _PREFILL_16 = {
 _PREFILL_32 = {
     16: (64, 32, 4, 2),
     32: (64, 32, 4, 2),
-    64: (32, 32, 4, 2),
-    128: (32, 16, 8, 2),
+    64: (32, 16, 4, 2),
+    128: (32, 16, 8, 1),
     256: (16, 16, 8, 2),
     512: (16, 16, 8, 1),
 }
@@ -348,8 +442,11 @@ def _shipped_prefill(gpu: GPU, block_d: int, itemsize: int, masked: int) -> dict
     return _launch(gpu, block_m, block_n, block_d, num_warps, num_stages)
 
 
-def _shipped_decode(gpu: GPU, block_d: int, itemsize: int) -> dict[str, Any]:
+def _shipped_decode(gpu: GPU, block_d: int, itemsize: int, paged: int, quantized: int) -> dict[str, Any]:
     block_n, num_warps, num_stages = (_DECODE_32 if itemsize == 4 else _DECODE_16)[block_d]
+    if itemsize == 4:  # addresses of pages, and an int8 tile that waits in its stage to be widened, would spill
+        num_warps = 8 if paged else num_warps
+        num_stages = 1 if quantized else num_stages
     return _launch(gpu, 16, block_n, block_d, num_warps, num_stages)
 
 
@@ -365,7 +462,7 @@ def _prefill_candidates(gpu: GPU, block_d: int, itemsize: int, masked: int) -> I
                 yield from warps(_launch(gpu, block_m, block_n, block_d, 0, num_stages), 4, 8)
 
 
-def _decode_candidates(gpu: GPU, block_d: int, itemsize: int) -> Iterator[dict[str, Any]]:
+def _decode_candidates(gpu: GPU, block_d: int, itemsize: int, paged: int, quantized: int) -> Iterator[dict[str, Any]]:
     for block_n in (16, 32, 64, 128):
         for num_stages in (2, 3, 4):
             yield from warps(_launch(gpu, 16, block_n, block_d, 0, num_stages), 2, 4, 8)
@@ -401,13 +498,21 @@ def attention(
     mask: Tensor | None,
     kv_lens: Tensor | None,
     sinks: Tensor | None,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     causal: bool,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
     B, H, T, D = q.shape
-    Hk, S = k.shape[1], k.shape[2]
+    Hk, S, page = k.shape[1], k.shape[2], 0
+    if block_table is not None:
+        page = S
+        S = page * block_table.shape[1]
+        if q.is_cpu:
+            values.check_pages(block_table, kv_lens, k)
     # (B, T, H, D) in memory: the model's reshape to (B, T, H * D) is then free.
     o = _op.empty((B, T, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
     if not o.numel():
@@ -433,17 +538,23 @@ def attention(
     scores = {"HAS_MASK": mask is not None, "SCALED": scaled, "HAS_SOFTCAP": softcap is not None}
     mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    cache = {"PAGE": page, "HAS_SCALES": k_scale is not None}
+    cache_strides = (
+        *((0, 0) if block_table is None else block_table.stride()),
+        *((0, 0, 0) if k_scale is None else k_scale.stride()),
+        *((0, 0, 0) if v_scale is None else v_scale.stride()),
+    )
     with device_of(q):
         if _decodes(T, H // Hk):
-            launch = _DECODE_LAUNCHES(q.device, _block_d(D), q.itemsize)
+            launch = _DECODE_LAUNCHES(q.device, _block_d(D), q.itemsize, int(page > 0), int(k_scale is not None))
             splits = max(1, triton.cdiv(S, SPLIT))  # of the shapes, never of kv_lens, so that a CUDA graph can hold the call
             tiles = triton.cdiv(T * (H // Hk), launch["BLOCK_M"])
             acc = _op.empty((B, H, T, splits, D), dtype=torch.float32, device=q.device)
             top = _op.empty((B, H, T, splits), dtype=torch.float32, device=q.device)
             total = _op.empty((B, H, T, splits), dtype=torch.float32, device=q.device)
             _attention_decode_kernel[(splits, Hk * tiles, B)](
-                q, k, v, mask, kv_lens, acc, top, total, T, S, H, Hk, *numbers, *strides, *mask_strides, lens_stride,
-                D=D, SPLIT=SPLIT, **launch, **seen, **scores, **COMPILER,
+                q, k, v, mask, kv_lens, block_table, k_scale, v_scale, acc, top, total, T, S, H, Hk, *numbers, *strides,
+                *mask_strides, lens_stride, *cache_strides, D=D, SPLIT=SPLIT, **launch, **seen, **scores, **cache, **COMPILER,
             )  # fmt: skip
             block_d = min(launch["BLOCK_D"], REDUCE_D)
             _attention_reduce_kernel[(H * T, triton.cdiv(D, block_d), B)](
@@ -453,64 +564,96 @@ def attention(
         else:
             launch = _PREFILL_LAUNCHES(q.device, _block_d(D), q.itemsize, int(mask is not None))
             _attention_prefill_kernel[(triton.cdiv(T, launch["BLOCK_M"]), H, B)](
-                q, k, v, mask, kv_lens, sinks, o, T, S, H // Hk, *numbers, *strides, *o.stride()[:3], *mask_strides,
-                lens_stride, sinks_stride, D=D, HAS_SINKS=sinks is not None, **launch, **seen, **scores, **COMPILER,
+                q, k, v, mask, kv_lens, sinks, block_table, k_scale, v_scale, o, T, S, H // Hk, *numbers, *strides,
+                *o.stride()[:3], *mask_strides, lens_stride, sinks_stride, *cache_strides,
+                D=D, HAS_SINKS=sinks is not None, **launch, **seen, **scores, **cache, **COMPILER,
             )  # fmt: skip
     return o
 
 
+# What a launch has that a plain one lacks: types of arguments, then constants. Strides that models make 1 are constants.
+_FEATURES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "boolean mask": (
+        {"mask_ptr": "*u8", **dict.fromkeys(("stride_mb", "stride_mh", "stride_mt"), "i32")},
+        {"HAS_MASK": True, "stride_ms": 1},
+    ),
+    "additive mask": (
+        {"mask_ptr": "*fp32", **dict.fromkeys(("stride_mb", "stride_mh", "stride_mt"), "i32")},
+        {"HAS_MASK": True, "ADDITIVE": True, "SCALED": True, "stride_ms": 1},
+    ),
+    "window": ({}, {"HAS_WINDOW": True}),
+    "softcap": ({}, {"HAS_SOFTCAP": True, "SCALED": True}),
+    "kv_lens": ({"lens_ptr": "*i64"}, {"HAS_LENS": True, "stride_lens": 1}),
+    "sinks": ({"sinks_ptr": "*fp32"}, {"HAS_SINKS": True, "stride_sinks": 1}),
+    "pages of 16": ({"table_ptr": "*i32", "stride_tb": "i32"}, {"PAGE": 16, "stride_tp": 1}),
+    "pages of 64": ({"table_ptr": "*i32", "stride_tb": "i32"}, {"PAGE": 64, "stride_tp": 1}),
+    "int8": (
+        {
+            **{"k_ptr": "*i8", "v_ptr": "*i8", "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32"},
+            **{f"stride_{x}_scale_{dim}": "i32" for x in "kv" for dim in "bh"},
+        },
+        {"HAS_SCALES": True, "stride_k_scale_s": 1, "stride_v_scale_s": 1},
+    ),
+}
+_VARIANTS = (
+    *((feature,) for feature in ("boolean mask", "additive mask", "window", "softcap", "kv_lens", "sinks", "int8")),
+    *(("kv_lens", "pages of 16"), ("kv_lens", "pages of 64"), ("kv_lens", "pages of 16", "int8")),
+)
+_PAIRS = (("window", "softcap"), ("window", "sinks"), ("kv_lens", "pages of 64", "int8"))  # of Gemma 2, GPT-OSS
+
+
 def builds(gpu: GPU) -> Iterator[Build]:
-    types = {"T": "i32", "S": "i32", "window": "i32", "factor": "fp32", "c": "fp32", "softcap": "fp32"}
-    kv = [f"stride_{x}{dim}" for x in "kv" for dim in "bhs"]
-    heads = ["stride_qb", "stride_qh", "stride_qt", *kv]
-    out = ["stride_ob", "stride_oh", "stride_ot"]
-    # A plain call: no mask, lengths or sinks.
-    none = {"lens_ptr": None, "stride_lens": 0, "HAS_LENS": False, "HAS_WINDOW": False, "ADDITIVE": False}
-    no_mask = {
-        "mask_ptr": None,
-        **{f"stride_m{dim}": 0 for dim in "bhts"},
-        "HAS_MASK": False,
-        "SCALED": False,
-        "HAS_SOFTCAP": False,
+    """Plain launches at every head dim; those with features, and the pairs that models and caches have, at the common two.
+    fp16 differs from bf16 in conversions alone: its one variant is int8."""
+    launches: dict[Any, Build] = {}  # variants share the reduction
+    for dtype, dims, variants in (
+        ("bf16", (64, 80, 96, 128, 256), (*_VARIANTS, *_PAIRS)),
+        ("fp16", (64, 128, 256), (("int8",),)),
+        ("fp32", (64, 80, 128, 256), _VARIANTS),
+    ):
+        for D in dims:
+            for causal in (True,) if dtype == "fp16" else (True, False):
+                _launches(gpu, launches, dtype, D, causal, ())
+        for variant in variants:
+            for D in (64, 128):
+                _launches(gpu, launches, dtype, D, True, variant)
+    yield from launches.values()
+
+
+def _launches(gpu: GPU, found: dict[Any, Build], dtype: str, D: int, causal: bool, features: tuple[str, ...]) -> None:
+    """Adds the launches of one call's three kernels that are not there yet."""
+    strides = [f"stride_{x}{dim}" for x in "kv" for dim in "bhs"]
+    strides += [f"stride_{x}{dim}" for x in "qo" for dim in "bht"]
+    types = {
+        **{f"{x}_ptr": f"*{dtype}" for x in "qkvo"},
+        **dict.fromkeys(("acc_ptr", "top_ptr", "total_ptr"), "*fp32"),
+        **dict.fromkeys(("T", "S", "G", "H", "Hk", "splits", "window", *strides), "i32"),
+        **dict.fromkeys(("factor", "c", "softcap"), "fp32"),
     }
-    no_sinks = {"sinks_ptr": None, "stride_sinks": 0, "HAS_SINKS": False}
-    for dtype in ("bf16", "fp16", "fp32"):
-        for D in (64, 80, 96, 128, 256):
-            for causal in (True, False):
-                name = f"D={D} {dtype}" + (" causal" if causal else "")
-                itemsize = 4 if dtype == "fp32" else 2
-                matrix = dtype != "fp32"
-                for kind, kernel in (("prefill", _attention_prefill_kernel), ("decode", _attention_decode_kernel)):
-                    size = _block_d(D), itemsize
-                    launch = _shipped_prefill(gpu, *size, 0) if kind == "prefill" else _shipped_decode(gpu, *size)
-                    pointers = {f"{x}_ptr": f"*{dtype}" for x in "qkv"}
-                    constants = {**none, **no_mask, "D": D, "CAUSAL": causal}
-                    if kind == "prefill":
-                        signature = {**pointers, "o_ptr": f"*{dtype}", **types, "G": "i32", **dict.fromkeys(heads + out, "i32")}
-                        aligned = tuple(heads + out)
-                        constants |= no_sinks
-                    else:
-                        scratch = {"acc_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32"}
-                        signature = {**pointers, **scratch, **types, "H": "i32", "Hk": "i32", **dict.fromkeys(heads, "i32")}
-                        aligned = tuple(heads)
-                        constants |= {"SPLIT": SPLIT}
-                    yield Build(kernel, f"{kind} {name}", signature, constants, launch, matrix, aligned)
-                yield Build(
-                    _attention_reduce_kernel,
-                    f"reduce {name}",
-                    {
-                        **dict.fromkeys(("acc_ptr", "top_ptr", "total_ptr"), "*fp32"),
-                        "o_ptr": f"*{dtype}",
-                        **dict.fromkeys(("T", "S", "splits", "window", *out), "i32"),
-                    },
-                    {
-                        **none,
-                        **no_sinks,
-                        "D": D,
-                        "SPLIT": SPLIT,
-                        "SPLITS": SPLITS,
-                        "CAUSAL": causal,
-                    },
-                    {"BLOCK_D": min(power_of_two(D), REDUCE_D), "num_warps": 1},
-                    aligned=tuple(out),
-                )
+    constants: dict[str, Any] = {
+        **dict.fromkeys(("HAS_WINDOW", "HAS_MASK", "ADDITIVE", "SCALED", "HAS_SOFTCAP", "HAS_LENS", "HAS_SINKS"), False),
+        **{f"stride_m{dim}": 0 for dim in "bhts"},
+        **{f"stride_{x}_scale_{dim}": 0 for x in "kv" for dim in "bhs"},
+        **{"stride_lens": 0, "stride_sinks": 0, "stride_tb": 0, "stride_tp": 0, "PAGE": 0, "HAS_SCALES": False},
+        **{"D": D, "CAUSAL": causal, "SPLIT": SPLIT, "SPLITS": SPLITS},
+    }
+    for feature in features:
+        more, flags = _FEATURES[feature]
+        types |= more
+        constants |= flags
+    itemsize = 4 if dtype == "fp32" else 2
+    size = _block_d(D), itemsize
+    decode = _shipped_decode(gpu, *size, int(constants["PAGE"] > 0), int(constants["HAS_SCALES"]))
+    for kind, kernel, launch in (
+        ("prefill", _attention_prefill_kernel, _shipped_prefill(gpu, *size, int(constants["HAS_MASK"]))),
+        ("decode", _attention_decode_kernel, decode),
+        ("reduce", _attention_reduce_kernel, {"BLOCK_D": min(decode["BLOCK_D"], REDUCE_D), "num_warps": 1}),
+    ):
+        arguments = kernel.arg_names
+        signature = {name: kind for name, kind in types.items() if name in arguments}
+        fixed = {name: x for name, x in constants.items() if name in arguments and name not in signature}
+        name = ", ".join([f"{kind} D={D} {dtype}{' causal' if causal else ''}", *features])
+        matrix = dtype != "fp32" and kind != "reduce"
+        aligned = tuple(stride for stride in strides if stride in arguments)
+        key = (kind, *signature.items(), *fixed.items(), *launch.items())
+        found.setdefault(key, Build(kernel, name, signature, fixed, launch, matrix, aligned))
