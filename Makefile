@@ -14,7 +14,7 @@ demo: $(VENV)/installed build/built $(VENV)/model
 
 test: $(VENV)/installed build/built $(VENV)/model
 	$(PY) -m pytest
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_triton.py
+	TRITON_INTERPRET=1 $(PY) -m pytest -n auto tests/test_triton.py tests/test_launch.py
 
 bench: $(VENV)/installed build/built
 	$(PY) -m fastllm bench
@@ -44,8 +44,9 @@ rungs: build/built
 	$(PY) tests/native/rungs.py
 
 # Every Triton launch for every GPU that it is meant for: registers, spills, shared memory, matrix instructions.
+# COMPILE=--quick takes one of each table entry.
 compile: $(VENV)/installed
-	$(PY) -m fastllm compile
+	$(PY) -m fastllm compile $(COMPILE)
 
 # Tests, verifies and benchmarks the Triton kernels with the PyTorch of GPU_PYTHON, which has to be a CUDA build.
 GPU_PYTHON ?= python3

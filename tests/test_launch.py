@@ -137,3 +137,37 @@ def test_tune_needs_a_gpu(capsys):
 
     assert main(["tune"]) != 0
     assert "expected a GPU" in capsys.readouterr().err
+
+
+@needs_kernels
+def test_keys_and_values_that_come_through_tensor_descriptors(monkeypatch):
+    """What a Hopper GPU's copy engine would bring: a launch that `fastllm tune` may choose."""
+    pytest.importorskip("triton")
+    from fastllm.measure.verify import device_of, refusal, run_case, to_device
+    from fastllm.ops.attention import triton
+
+    if not hasattr(triton.tl, "make_tensor_descriptor"):
+        pytest.skip(f"Triton {triton.triton.__version__} has no descriptors")
+    shipped, made = triton._PREFILL_LAUNCHES.shipped, []
+    described = LaunchTable("prefill", lambda gpu, *key: {**shipped(gpu, *key), "TMA": 1}, lambda gpu, *key: [])
+    monkeypatch.setattr(triton, "_PREFILL_LAUNCHES", described)
+    set_allocator = triton.triton.set_allocator
+    monkeypatch.setattr(triton.triton, "set_allocator", lambda give: (made.append(give), set_allocator(give)))
+    spec, device = all_cases()["attention"], device_of("triton")
+    for case in spec.cases:
+        if case.dtype == torch.bfloat16 and 10_000 < case.flops < 1_500_000:
+            with forced("triton"):
+                if refusal(spec, to_device(case.inputs(torch.Generator()), device), "triton") is None:
+                    verdict = run_case(spec, case, device=device)
+                    assert verdict.ok, f"{case.name}: {verdict.why}"
+    assert len(made) >= 4  # of the cases, those of more than a few queries, aligned and not in pages
+
+
+def test_descriptors_are_for_gpus_that_have_a_copy_engine():
+    pytest.importorskip("triton")
+    from fastllm.ops.attention import triton
+
+    flags = {gpu: {launch["TMA"] for launch in triton._prefill_candidates(gpu, 128, 2, 0)} for gpu in (GPU(8, 0), GPU(9, 0))}
+    assert flags[GPU(8, 0)] == {0}
+    assert flags[GPU(9, 0)] == ({0, 1} if hasattr(triton.tl, "make_tensor_descriptor") else {0})
+    assert triton._shipped_prefill(GPU(9, 0), 128, 2, 0)["TMA"] == 0  # until a GPU has measured it

@@ -79,9 +79,11 @@ def _pages(table_ptr, stride, start, keys, BLOCK_N: tl.constexpr, EDGE: tl.const
 @triton.jit
 def _tile(
     ptr, start, stride, page, stride_page, keys,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr, PAGE: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr, PAGE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Tokens [start, start + BLOCK_N) of k or v; zeros beyond D and, at an edge, from ``keys`` on, whatever lies there."""
+    if TMA:  # ptr is a descriptor, whose bounds are keys and D
+        return ptr.load([start, 0])
     n = tl.arange(0, BLOCK_N)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     if PAGE == 0:
@@ -120,7 +122,7 @@ def _walk(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_MASK: tl.constexpr, ADDITIVE: tl.constexpr, SCALED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    PAGE: tl.constexpr, HAS_SCALES: tl.constexpr,
+    PAGE: tl.constexpr, HAS_SCALES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [first, last) to (acc, top, total), the online softmax of the rows of q; first is a multiple of BLOCK_N.
 
@@ -141,7 +143,7 @@ def _walk(
         page = 0
         if PAGE > 0:
             page = _pages(table_ptr, stride_tp, start, keys, BLOCK_N, EDGE, PAGE)
-        k = _tile(k_ptr, start, stride_ks, page, stride_kp, keys, D, BLOCK_N, BLOCK_D, EDGE, PAGE).to(q.dtype)
+        k = _tile(k_ptr, start, stride_ks, page, stride_kp, keys, D, BLOCK_N, BLOCK_D, EDGE, PAGE, TMA).to(q.dtype)
         z = tl.dot(q, tl.trans(k), input_precision="ieee")
         if HAS_SCALES:
             z *= _scales(k_scale_ptr, start, stride_k_scale_s, page, stride_k_scale_p, keys, BLOCK_N, EDGE, PAGE)[None, :]
@@ -179,7 +181,7 @@ def _walk(
             correction = tl.exp2(top - shift)
         top = new
         total = total * correction + tl.sum(p, 1)
-        v = _tile(v_ptr, start, stride_vs, page, stride_vp, keys, D, BLOCK_N, BLOCK_D, EDGE, PAGE).to(q.dtype)
+        v = _tile(v_ptr, start, stride_vs, page, stride_vp, keys, D, BLOCK_N, BLOCK_D, EDGE, PAGE, TMA).to(q.dtype)
         if HAS_SCALES:
             scale = _scales(v_scale_ptr, start, stride_v_scale_s, page, stride_v_scale_p, keys, BLOCK_N, EDGE, PAGE)
             p *= (scale * 64.0)[None, :]
@@ -235,6 +237,7 @@ def _attention_prefill_kernel(
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_MASK: tl.constexpr, ADDITIVE: tl.constexpr, SCALED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_LENS: tl.constexpr, HAS_SINKS: tl.constexpr, PAGE: tl.constexpr, HAS_SCALES: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """A program: BLOCK_M queries of one head. Tiles of keys that all of them see need no comparison."""
     # Causal: the last queries see the most keys and go first, so that no long program is left at the end.
@@ -254,6 +257,9 @@ def _attention_prefill_kernel(
         stride_k_scale_b, stride_k_scale_h, stride_k_scale_s, stride_v_scale_b, stride_v_scale_h, stride_v_scale_s,
         PAGE, HAS_SCALES,
     )  # fmt: skip
+    if TMA:  # the copy engine brings whole tiles: no thread holds an address
+        k_ptr = tl.make_tensor_descriptor(k_ptr, [tl.maximum(keys, 1), D], [stride_ks, 1], [BLOCK_N, BLOCK_D])
+        v_ptr = tl.make_tensor_descriptor(v_ptr, [tl.maximum(keys, 1), D], [stride_vs, 1], [BLOCK_N, BLOCK_D])
     mask_at = mask_ptr
     if HAS_MASK:
         mask_at = mask_ptr + b * stride_mb + h * stride_mh + (t0 + m0).to(tl.int64) * stride_mt
@@ -278,17 +284,17 @@ def _attention_prefill_kernel(
         acc, top, total = _walk(
             acc, top, total, q, first, tl.minimum(full, end), keys, position,
             k_ptr, v_ptr, stride_ks, stride_vs, pages, scales, mask_at, row, stride_ms, factor, c, softcap, window,
-            D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES,
+            D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES, TMA,
         )  # fmt: skip
     acc, top, total = _walk(
         acc, top, total, q, full, edge, keys, position,
         k_ptr, v_ptr, stride_ks, stride_vs, pages, scales, mask_at, row, stride_ms, factor, c, softcap, window,
-        D, BLOCK_N, BLOCK_D, False, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES,
+        D, BLOCK_N, BLOCK_D, False, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES, TMA,
     )  # fmt: skip
     acc, top, total = _walk(
         acc, top, total, q, edge, end, keys, position,
         k_ptr, v_ptr, stride_ks, stride_vs, pages, scales, mask_at, row, stride_ms, factor, c, softcap, window,
-        D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES,
+        D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES, TMA,
     )  # fmt: skip
 
     if HAS_SCALES:
@@ -348,7 +354,7 @@ def _attention_decode_kernel(
         tl.zeros([BLOCK_M], tl.float32),
         q, first // BLOCK_N * BLOCK_N, last, keys, keys - T + t,
         k_ptr, v_ptr, stride_ks, stride_vs, pages, scales, mask_at, row, stride_ms, factor, c, softcap, window,
-        D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES,
+        D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES, False,
     )  # fmt: skip
     if HAS_SCALES:
         acc *= 1.0 / 64.0
@@ -439,7 +445,7 @@ def _shipped_prefill(gpu: GPU, block_d: int, itemsize: int, masked: int) -> dict
     """A mask's tiles take shared memory and registers too: half of the keys leave room."""
     block_m, block_n, num_warps, num_stages = (_PREFILL_32 if itemsize == 4 else _PREFILL_16)[block_d]
     block_n = max(16, block_n // 2) if masked else block_n
-    return _launch(gpu, block_m, block_n, block_d, num_warps, num_stages)
+    return {**_launch(gpu, block_m, block_n, block_d, num_warps, num_stages), "TMA": 0}
 
 
 def _shipped_decode(gpu: GPU, block_d: int, itemsize: int, paged: int, quantized: int) -> dict[str, Any]:
@@ -455,11 +461,17 @@ def _launch(gpu: GPU, block_m: int, block_n: int, block_d: int, num_warps: int, 
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": num_warps, "num_stages": num_stages}
 
 
+def _has_tma(gpu: GPU) -> bool:
+    """Whether tiles can come through tensor descriptors: a copy engine, and a Triton (3.4 and newer) that drives it."""
+    return gpu.major >= 9 and not gpu.hip and hasattr(tl, "make_tensor_descriptor")
+
+
 def _prefill_candidates(gpu: GPU, block_d: int, itemsize: int, masked: int) -> Iterator[dict[str, Any]]:
     for block_m in (64, 128):
         for block_n in (32, 64, 128):
             for num_stages in (2, 3, 4):
-                yield from warps(_launch(gpu, block_m, block_n, block_d, 0, num_stages), 4, 8)
+                for tma in (0, 1) if _has_tma(gpu) else (0,):
+                    yield from warps({**_launch(gpu, block_m, block_n, block_d, 0, num_stages), "TMA": tma}, 4, 8)
 
 
 def _decode_candidates(gpu: GPU, block_d: int, itemsize: int, paged: int, quantized: int) -> Iterator[dict[str, Any]]:
@@ -475,6 +487,19 @@ _DECODE_LAUNCHES = LaunchTable("attention_decode", _shipped_decode, _decode_cand
 def _decodes(T: int, G: int) -> bool:
     """Whether the decode kernel serves; one token always, because prefill would read k and v once for each query head."""
     return T * G <= DECODE_ROWS or T == 1
+
+
+def _describable(*tensors: Tensor) -> bool:
+    """Whether descriptors can say where these lie: the copy engine counts in 16 bytes."""
+    return all(
+        x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3]) and x.stride(-1) == 1
+        for x in tensors
+    )
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where a kernel writes its descriptors, 128 bytes each."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def refuse(q: Tensor, k: Tensor, v: Tensor, mask: Any, *_: object) -> str | None:
@@ -563,6 +588,10 @@ def attention(
             )  # fmt: skip
         else:
             launch = _PREFILL_LAUNCHES(q.device, _block_d(D), q.itemsize, int(mask is not None))
+            if launch["TMA"] and (page or not _describable(k, v)):
+                launch = {**launch, "TMA": 0}
+            if launch["TMA"]:
+                triton.set_allocator(_scratch)
             _attention_prefill_kernel[(triton.cdiv(T, launch["BLOCK_M"]), H, B)](
                 q, k, v, mask, kv_lens, sinks, block_table, k_scale, v_scale, o, T, S, H // Hk, *numbers, *strides,
                 *o.stride()[:3], *mask_strides, lens_stride, sinks_stride, *cache_strides,
