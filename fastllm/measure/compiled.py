@@ -175,10 +175,11 @@ def _ptxas(ptx: str) -> tuple[int, int]:
 
 
 def _amd(assembly: str) -> tuple[int, int]:
-    """Vector registers and spilled bytes, from the kernel's metadata."""
+    """Vector registers and spilled bytes, from the kernel's metadata. Scalar registers spill into lanes of vector registers, which
+    costs no memory: not counted."""
 
     def value(key: str) -> int:
         found = re.search(rf"\.{key}:\s+(\d+)", assembly)
         return int(found[1]) if found else 0
 
-    return value("vgpr_count"), 4 * (value("vgpr_spill_count") + value("sgpr_spill_count"))
+    return value("vgpr_count"), 4 * value("vgpr_spill_count")

@@ -442,17 +442,18 @@ def _block_d(D: int) -> int:
 
 
 def _shipped_prefill(gpu: GPU, block_d: int, itemsize: int, masked: int) -> dict[str, Any]:
-    """A mask's tiles take shared memory and registers too: half of the keys leave room."""
+    """A mask's tiles take shared memory and registers too: half of the keys, and for wide heads half of the rows, leave room."""
     block_m, block_n, num_warps, num_stages = (_PREFILL_32 if itemsize == 4 else _PREFILL_16)[block_d]
-    block_n = max(16, block_n // 2) if masked else block_n
+    if masked:
+        block_n = max(16, block_n // 2)
+        block_m = block_m // 2 if itemsize == 2 and block_d >= 128 else block_m
     return {**_launch(gpu, block_m, block_n, block_d, num_warps, num_stages), "TMA": 0}
 
 
 def _shipped_decode(gpu: GPU, block_d: int, itemsize: int, paged: int, quantized: int) -> dict[str, Any]:
     block_n, num_warps, num_stages = (_DECODE_32 if itemsize == 4 else _DECODE_16)[block_d]
-    if itemsize == 4:  # addresses of pages, and an int8 tile that waits in its stage to be widened, would spill
-        num_warps = 8 if paged else num_warps
-        num_stages = 1 if quantized else num_stages
+    if itemsize == 4 and (paged or quantized):  # addresses of pages, and int8 tiles that wait to be widened, would spill
+        block_n, num_warps, num_stages = min(block_n, 16), 8, 1 if quantized else num_stages
     return _launch(gpu, 16, block_n, block_d, num_warps, num_stages)
 
 

@@ -301,10 +301,11 @@ def _shipped(gpu: GPU, rows: int, itemsize: int, bits: int) -> dict[str, Any]:
         return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_I": block_i, "num_warps": 4, "num_stages": 3}
     if itemsize == 4:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_I": 16, "num_warps": 8, "num_stages": 2}
-    if rows <= 64:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_I": block_i, "num_warps": 4, "num_stages": 3}
-    block_m = 128 if gpu.shared_bytes >= ROOMY else 64
-    return {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_I": block_i, "num_warps": 8, "num_stages": 3}
+    if rows <= 64:  # 8 bits: twice the dwords and, in groups of 32, as many scales; 4 warps would spill
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_I": block_i, "num_warps": bits, "num_stages": 3}
+    if gpu.shared_bytes >= ROOMY:
+        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_I": block_i, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_I": block_i, "num_warps": 8, "num_stages": 3 if bits == 4 else 2}
 
 
 def _candidates(gpu: GPU, rows: int, itemsize: int, bits: int) -> Iterator[dict[str, Any]]:
