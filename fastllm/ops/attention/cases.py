@@ -150,15 +150,14 @@ def _int8(inputs: dict[str, Any], g: Generator) -> None:
 
 def _paged(page: int, *lens: int, max_pages: int = 0, dtype: torch.dtype = torch.int32, int8: bool = False) -> Extra:
     """k and v cut into the pages of a pool, in no order. What no length covers holds NaN (where an integer cannot, its scale
-    does), and what a table says of pages that are not in use is nonsense."""
+    does), and a table names pages of NaN where none is in use: a wrong kernel is to be noticed, not to end the process."""
 
     def add(inputs: dict[str, Any], g: Generator) -> None:
         if int8:
             _int8(inputs, g)
         used = [-(-n // page) for n in lens]
         order = torch.randperm(sum(used) + 3, generator=g)  # three pages are nobody's
-        table = torch.full((len(lens), max(max_pages, *used)), 1 << 30, dtype=dtype)
-        table[:, -1] = -7
+        table = torch.full((len(lens), max(max_pages, *used)), int(order[-1]), dtype=dtype)
         pools = {name: inputs[name] for name in ("k", "v", "k_scale", "v_scale") if name in inputs}
         for name, x in pools.items():
             shape = (len(order), x.shape[1], page, *x.shape[3:])
