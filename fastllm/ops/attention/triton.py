@@ -201,6 +201,7 @@ def _cache(
     if PAGE == 0:
         k_ptr += b * stride_kb + head * stride_kh
         v_ptr += b * stride_vb + head * stride_vh
+        table_ptr = k_ptr  # never read, as below: Triton 3.6 cannot return None
     else:
         k_ptr += head * stride_kh
         v_ptr += head * stride_vh
@@ -211,6 +212,9 @@ def _cache(
         if PAGE == 0:
             k_scale_ptr += b * stride_k_scale_b
             v_scale_ptr += b * stride_v_scale_b
+    else:
+        k_scale_ptr = k_ptr
+        v_scale_ptr = v_ptr
     pages = (table_ptr, stride_tp, stride_kb, stride_vb)
     scales = (k_scale_ptr, stride_k_scale_b, stride_k_scale_s, v_scale_ptr, stride_v_scale_b, stride_v_scale_s)
     return k_ptr, v_ptr, pages, scales
