@@ -438,7 +438,7 @@ _PREFILL_32 = {
 }
 # Decode waits for memory, not for the matrix units: tiles of keys as long as the stages fit.
 _DECODE_16 = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (64, 4, 2), 256: (32, 4, 2), 512: (16, 4, 2)}
-_DECODE_32 = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 2), 512: (16, 4, 1)}
+_DECODE_32 = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (16, 4, 2), 256: (16, 4, 2), 512: (16, 4, 1)}
 
 
 def _block_d(D: int) -> int:
@@ -456,8 +456,9 @@ def _shipped_prefill(gpu: GPU, block_d: int, itemsize: int, masked: int) -> dict
 
 def _shipped_decode(gpu: GPU, block_d: int, itemsize: int, paged: int, quantized: int) -> dict[str, Any]:
     block_n, num_warps, num_stages = (_DECODE_32 if itemsize == 4 else _DECODE_16)[block_d]
-    if itemsize == 4 and (paged or quantized):  # addresses of pages, and int8 tiles that wait to be widened, would spill
-        block_n, num_warps, num_stages = min(block_n, 16), 8, 1 if quantized else num_stages
+    if itemsize == 4:  # addresses of pages, and int8 tiles that wait to be widened, would spill; tiles stay, and so do bits
+        num_warps = 8 if paged or quantized else num_warps
+        num_stages = 1 if quantized else num_stages
     return _launch(gpu, 16, block_n, block_d, num_warps, num_stages)
 
 
