@@ -83,22 +83,23 @@ def _tile(
 ):  # fmt: skip
     """Tokens [start, start + BLOCK_N) of k or v; zeros beyond D and, at an edge, from ``keys`` on, whatever lies there."""
     if TMA:  # ptr is a descriptor, whose bounds are keys and D
-        return ptr.load([start, 0])
-    n = tl.arange(0, BLOCK_N)[:, None]
-    d = tl.arange(0, BLOCK_D)[None, :]
-    if PAGE == 0:
-        at = ptr + tl.cast(start, tl.int64) * stride + (n * stride + d)  # in a tile 32 bits reach, see refuse()
-    elif PAGE % BLOCK_N == 0:
-        at = ptr + page * stride_page + tl.cast(start % PAGE, tl.int64) * stride + (n * stride + d)
+        x = ptr.load([start, 0])
     else:
-        at = ptr + page[:, None] * stride_page + ((start + n) % PAGE).to(tl.int64) * stride + d
-    if EDGE:
-        inside = n < keys - start
-        x = tl.load(at, mask=inside if BLOCK_D == D else inside & (d < D), other=0.0)
-    elif BLOCK_D == D:
-        x = tl.load(at)
-    else:
-        x = tl.load(at, mask=d < D, other=0.0)
+        n = tl.arange(0, BLOCK_N)[:, None]
+        d = tl.arange(0, BLOCK_D)[None, :]
+        if PAGE == 0:
+            at = ptr + tl.cast(start, tl.int64) * stride + (n * stride + d)  # in a tile 32 bits reach, see refuse()
+        elif PAGE % BLOCK_N == 0:
+            at = ptr + page * stride_page + tl.cast(start % PAGE, tl.int64) * stride + (n * stride + d)
+        else:
+            at = ptr + page[:, None] * stride_page + ((start + n) % PAGE).to(tl.int64) * stride + d
+        if EDGE:
+            inside = n < keys - start
+            x = tl.load(at, mask=inside if BLOCK_D == D else inside & (d < D), other=0.0)
+        elif BLOCK_D == D:
+            x = tl.load(at)
+        else:
+            x = tl.load(at, mask=d < D, other=0.0)
     return x
 
 
