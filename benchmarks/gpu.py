@@ -32,8 +32,17 @@ def steps(stem: str, results: Path, seconds: float) -> dict[str, list[str]]:
         return ["--json", str(results / f"{step}-{stem}.json")]
 
     return {
-        "tests": [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_triton.py"],
-        "verify": [*fastllm, "verify", "--backend", "triton", *file("verify")],
+        "tests": [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "tests/test_triton.py",
+            "tests/test_launch.py",
+        ],
+        "verify": [*fastllm, "verify", "--backend", "triton,torch", *file("verify")],
         "bench": [
             *(*fastllm, "bench", "--backend", "triton,torch", "--cold", "--rivals", "torch,compile,others"),
             *("--seconds", str(seconds), *file("bench")),

@@ -316,7 +316,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
         help="a tensor by its shape (4x4096, int64:8), a quantised weight (int4:14336x4096:128), none, or name=value",
     )
     add("--dtype", default="bf16", choices=("fp32", "bf16", "fp16"), help="of tensors (default: %(default)s)")
-    add("--device", default="cpu", help="cpu or cuda, which need not be here (default: %(default)s)")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="which need not be here (default: %(default)s)")
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -327,7 +327,7 @@ def _explain(args: argparse.Namespace) -> int:
         return described(text, DTYPES[args.dtype], args.device)
 
     named = dict(text.split("=", 1) for text in args.args if "=" in text)
-    options = {name: int(value) if value.isdigit() else one(value) for name, value in named.items()}
+    options = {name: int(value) if value.lstrip("-").isdigit() else one(value) for name, value in named.items()}
     found = explain(args.op, *(one(text) for text in args.args if "=" not in text), **options)
     return 0 if found.backend else 1
 

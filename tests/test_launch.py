@@ -6,6 +6,9 @@ The kernels run in Triton's interpreter where there is no GPU: TRITON_INTERPRET=
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -22,7 +25,7 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
-def table(**candidates):
+def table():
     return LaunchTable("k", lambda gpu, n: {"BLOCK": n, "num_warps": gpu.major}, lambda gpu, n: [])
 
 
@@ -163,11 +166,29 @@ def test_keys_and_values_that_come_through_tensor_descriptors(monkeypatch):
     assert len(made) >= 4  # of the cases, those of more than a few queries, aligned and not in pages
 
 
+def test_descriptors_compile_for_a_gpu_that_has_a_copy_engine():
+    pytest.importorskip("triton")
+    code = (
+        "from dataclasses import replace\n"
+        "from fastllm.measure.compiled import builds, compile_one\n"
+        "build = next(b for _, b in builds('sm_90', ['attention']) if b.name == 'prefill D=64 bf16 causal')\n"
+        "one = compile_one('attention', replace(build, launch={**build.launch, 'TMA': 1}), 'sm_90')\n"
+        "assert one.ok, one.why\n"
+        "print(one.matrix)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "wgmma" in done.stdout
+
+
 def test_descriptors_are_for_gpus_that_have_a_copy_engine():
     pytest.importorskip("triton")
     from fastllm.ops.attention import triton
 
-    flags = {gpu: {launch["TMA"] for launch in triton._prefill_candidates(gpu, 128, 2, 0)} for gpu in (GPU(8, 0), GPU(9, 0))}
+    flags = {
+        gpu: {launch["TMA"] for launch in triton._prefill_candidates(gpu, 128, 2, 0, 0, 0)} for gpu in (GPU(8, 0), GPU(9, 0))
+    }
     assert flags[GPU(8, 0)] == {0}
     assert flags[GPU(9, 0)] == ({0, 1} if hasattr(triton.tl, "make_tensor_descriptor") else {0})
-    assert triton._shipped_prefill(GPU(9, 0), 128, 2, 0)["TMA"] == 0  # until a GPU has measured it
+    assert triton._shipped_prefill(GPU(9, 0), 128, 2, 0, 0, 0)["TMA"] == 0  # until a GPU has measured it

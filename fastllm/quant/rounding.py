@@ -12,7 +12,7 @@ __all__ = ["quantize", "quantize_rows"]
 
 CHUNK = 1 << 22  # weights rounded at a time: bounds the fp32 temporaries to some tens of MB
 CLIP_RATIOS = tuple(1.0 - 0.025 * step for step in range(17))  # 1.0 down to 0.6: what "search" tries for each group
-TINY = 2.0**-100  # a row below this counts as zero: 127 / amax must be finite
+TINY = 2.0**-100  # a row, or a group of quant_matmul's activations, below this counts as zero: 127 / amax must be finite
 MAX_END_ERROR = 0.125  # of a step: how far rounding the scale and minimum to fp16 may move an end of the range
 
 

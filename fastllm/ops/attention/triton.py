@@ -446,12 +446,14 @@ def _block_d(D: int) -> int:
     return max(16, power_of_two(D))  # a matrix instruction's least depth
 
 
-def _shipped_prefill(gpu: GPU, block_d: int, itemsize: int, masked: int) -> dict[str, Any]:
-    """A mask's tiles take shared memory and registers too: half of the keys, and for wide heads half of the rows, leave room."""
+def _shipped_prefill(gpu: GPU, block_d: int, itemsize: int, masked: int, windowed: int, quantized: int) -> dict[str, Any]:
+    """A mask's tiles, and int8 ones as they are widened, take registers and shared memory too: half of the keys leave room, and
+    for wide heads half of the rows; so does a window's third loop."""
     block_m, block_n, num_warps, num_stages = (_PREFILL_32 if itemsize == 4 else _PREFILL_16)[block_d]
-    if masked:
+    if masked or quantized:
         block_n = max(16, block_n // 2)
-        block_m = block_m // 2 if itemsize == 2 and block_d >= 128 else block_m
+    if (masked or quantized or windowed) and itemsize == 2 and block_d >= 128:
+        block_m, num_warps = block_m // 2, num_warps if masked else num_warps // 2
     return {**_launch(gpu, block_m, block_n, block_d, num_warps, num_stages), "TMA": 0}
 
 
@@ -473,7 +475,9 @@ def _has_tma(gpu: GPU) -> bool:
     return gpu.major >= 9 and not gpu.hip and hasattr(tl, "make_tensor_descriptor")
 
 
-def _prefill_candidates(gpu: GPU, block_d: int, itemsize: int, masked: int) -> Iterator[dict[str, Any]]:
+def _prefill_candidates(
+    gpu: GPU, block_d: int, itemsize: int, masked: int, windowed: int, quantized: int
+) -> Iterator[dict[str, Any]]:
     for block_m in (64, 128):
         for block_n in (32, 64, 128):
             for num_stages in (2, 3, 4):
@@ -594,7 +598,8 @@ def attention(
                 D=D, SPLIT=SPLIT, SPLITS=SPLITS, BLOCK_D=block_d, HAS_SINKS=sinks is not None, **seen, num_warps=1, **COMPILER,
             )  # fmt: skip
         else:
-            launch = _PREFILL_LAUNCHES(q.device, _block_d(D), q.itemsize, int(mask is not None))
+            has = int(mask is not None), int(window is not None), int(k_scale is not None)
+            launch = _PREFILL_LAUNCHES(q.device, _block_d(D), q.itemsize, *has)
             if launch["TMA"] and (page or not _describable(k, v)):
                 launch = {**launch, "TMA": 0}
             if launch["TMA"]:
@@ -679,9 +684,10 @@ def _launches(gpu: GPU, found: dict[Any, Build], dtype: str, D: int, causal: boo
         constants |= flags
     itemsize = 4 if dtype == "fp32" else 2
     size = _block_d(D), itemsize
+    has = (int(constants[name]) for name in ("HAS_MASK", "HAS_WINDOW", "HAS_SCALES"))
     decode = _shipped_decode(gpu, *size, int(constants["PAGE"] > 0), int(constants["HAS_SCALES"]))
     for kind, kernel, launch in (
-        ("prefill", _attention_prefill_kernel, _shipped_prefill(gpu, *size, int(constants["HAS_MASK"]))),
+        ("prefill", _attention_prefill_kernel, _shipped_prefill(gpu, *size, *has)),
         ("decode", _attention_decode_kernel, decode),
         ("reduce", _attention_reduce_kernel, {"BLOCK_D": min(decode["BLOCK_D"], REDUCE_D), "num_warps": 1}),
     ):

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...quant.rounding import TINY
 from ...quant.tensor import QuantizedTensor
-
-TINY = 2.0**-100  # a group of activations below this counts as zero: 127 / amax must be finite
 
 
 def activation_group(group_size: int) -> int:

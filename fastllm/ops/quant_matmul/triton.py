@@ -24,11 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...backends import forced_backend
+from ...quant.rounding import TINY
 from .. import _op
 from .._launch import GPU, LaunchTable, warps
 from .._triton import COMPILER, Build, device_of, power_of_two, rows
 from .._triton_kernels import quantized_base, quantized_column, row_start
-from .reference import TINY, activation_group
+from .reference import activation_group
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: beside it an fp32 has no fraction left, so adding it rounds half to even
 SMALLEST = tl.constexpr(TINY)
