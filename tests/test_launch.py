@@ -152,7 +152,9 @@ def test_keys_and_values_that_come_through_tensor_descriptors(monkeypatch):
     if not hasattr(triton.tl, "make_tensor_descriptor"):
         pytest.skip(f"Triton {triton.triton.__version__} has no descriptors")
     shipped, made = triton._PREFILL_LAUNCHES.shipped, []
-    described = LaunchTable("prefill", lambda gpu, *key: {**shipped(gpu, *key), "TMA": 1}, lambda gpu, *key: [])
+    described = LaunchTable(
+        "prefill", lambda gpu, *key: {**shipped(gpu, *key), "TMA": 1, "SPECIALIZE": 1}, lambda gpu, *key: []
+    )
     monkeypatch.setattr(triton, "_PREFILL_LAUNCHES", described)
     set_allocator = triton.triton.set_allocator
     monkeypatch.setattr(triton.triton, "set_allocator", lambda give: (made.append(give), set_allocator(give)))
@@ -166,29 +168,46 @@ def test_keys_and_values_that_come_through_tensor_descriptors(monkeypatch):
     assert len(made) >= 4  # of the cases, those of more than a few queries, aligned and not in pages
 
 
-def test_descriptors_compile_for_a_gpu_that_has_a_copy_engine():
+@pytest.mark.parametrize(
+    ("target", "launch", "matrix", "warps"),
+    [
+        ("sm_90", {"TMA": 1}, "wgmma", "8"),
+        ("sm_100", {"TMA": 1, "SPECIALIZE": 1}, "tcgen05", "16"),
+        ("sm_120", {"TMA": 1, "SPECIALIZE": 1}, "mma.sync", "12"),
+    ],
+)
+def test_descriptors_and_warps_of_different_work_compile(target, launch, matrix, warps):
+    """Eight warps do the softmax; those that fetch tiles and issue products come on top."""
     pytest.importorskip("triton")
+    from fastllm.ops.attention import triton
+
+    if not any(one | launch == one for one in triton._prefill_candidates(GPU(10, 0), 64, 2, 0, 0, 0)):
+        pytest.skip(f"Triton {triton.triton.__version__} cannot")
     code = (
         "from dataclasses import replace\n"
         "from fastllm.measure.compiled import builds, compile_one\n"
-        "build = next(b for _, b in builds('sm_90', ['attention']) if b.name == 'prefill D=64 bf16 causal')\n"
-        "one = compile_one('attention', replace(build, launch={**build.launch, 'TMA': 1}), 'sm_90')\n"
+        f"build = next(b for _, b in builds('{target}', ['attention']) if b.name == 'prefill D=64 bf16 causal')\n"
+        f"one = compile_one('attention', replace(build, launch={{**build.launch, **{launch}}}), '{target}')\n"
         "assert one.ok, one.why\n"
-        "print(one.matrix)"
+        "print(one.matrix, one.warps)"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "wgmma" in done.stdout
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert matrix in done.stdout
+    assert done.stdout.split()[-1] == warps
 
 
 def test_descriptors_are_for_gpus_that_have_a_copy_engine():
     pytest.importorskip("triton")
     from fastllm.ops.attention import triton
 
-    flags = {
-        gpu: {launch["TMA"] for launch in triton._prefill_candidates(gpu, 128, 2, 0, 0, 0)} for gpu in (GPU(8, 0), GPU(9, 0))
-    }
-    assert flags[GPU(8, 0)] == {0}
-    assert flags[GPU(9, 0)] == ({0, 1} if hasattr(triton.tl, "make_tensor_descriptor") else {0})
-    assert triton._shipped_prefill(GPU(9, 0), 128, 2, 0, 0, 0)["TMA"] == 0  # until a GPU has measured it
+    def flags(*gpu):
+        return {(x["TMA"], x["SPECIALIZE"]) for x in triton._prefill_candidates(GPU(*gpu), 128, 2, 0, 0, 0)}
+
+    assert flags(8, 0) == flags(9, 4, True) == {(0, 0)}
+    if hasattr(triton.tl, "make_tensor_descriptor"):
+        assert flags(9, 0) == {(0, 0), (1, 0)}
+        assert flags(10, 0) == flags(12, 0) >= flags(9, 0)
+    shipped = triton._shipped_prefill(GPU(10, 0), 128, 2, 0, 0, 0)
+    assert (shipped["TMA"], shipped["SPECIALIZE"]) == (0, 0)  # until a GPU has measured it

@@ -135,16 +135,16 @@ def compile_one(op: str, build: Build, target: str) -> Compiled:
     attributes = {(arguments.index(n),): [["tt.divisibility", 16]] for n in divisible if n in build.signature}
     source = ASTSource(build.kernel, signature, constants, attributes)
     options = {name: build.launch[name] for name in ("num_warps", "num_stages") if name in build.launch}
-    warps = options.get("num_warps", 4)  # Triton's own default
     try:
         kernel = triton.compile(source, target=chip, options={**options, **COMPILER})
     except Exception as error:  # of the compiler, whatever it is: a row says so and the others are still made
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        return Compiled(op, build.name, target, warps, 0, 0, 0, "", False, why)
+        return Compiled(op, build.name, target, 0, 0, 0, 0, "", False, why)
     text = kernel.asm["ptx" if backend == "cuda" else "amdgcn"]
     registers, spilled = (_ptxas if backend == "cuda" else _amd)(text)
     matrix = ", ".join(sorted(set(re.findall(MATRIX, text))))
     shared = int(kernel.metadata.shared)
+    warps = int(kernel.metadata.num_warps)  # more than were asked for where they have different work
     why = "; ".join(
         reason
         for wrong, reason in (

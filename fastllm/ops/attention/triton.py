@@ -12,6 +12,7 @@ Sources: Milakov and Gimelshein 2018 (online softmax); Dao 2023, arXiv:2307.0869
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -117,13 +118,75 @@ def _scales(
 
 
 @triton.jit
+def _step(
+    acc, top, total, q, start, keys, position, k_ptr, v_ptr, stride_ks, stride_vs, pages, scales,
+    mask_at, mask_row, stride_ms, factor, c, softcap, window,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_MASK: tl.constexpr, ADDITIVE: tl.constexpr, SCALED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    PAGE: tl.constexpr, HAS_SCALES: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """_walk's step: the keys [start, start + BLOCK_N)."""
+    n = tl.arange(0, BLOCK_N)[None, :]
+    table_ptr, stride_tp, stride_kp, stride_vp = pages
+    k_scale_ptr, stride_k_scale_p, stride_k_scale_s, v_scale_ptr, stride_v_scale_p, stride_v_scale_s = scales
+    page = 0
+    if PAGE > 0:
+        page = _pages(table_ptr, stride_tp, start, keys, BLOCK_N, EDGE, PAGE)
+    k = _tile(k_ptr, start, stride_ks, page, stride_kp, keys, D, BLOCK_N, BLOCK_D, EDGE, PAGE, TMA).to(q.dtype)
+    z = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if HAS_SCALES:
+        z *= _scales(k_scale_ptr, start, stride_k_scale_s, page, stride_k_scale_p, keys, BLOCK_N, EDGE, PAGE)[None, :]
+    if HAS_SOFTCAP:
+        z = softcap * tanh(z * factor, q.dtype == tl.float32)
+    elif SCALED:
+        z = z * factor
+    key = start + n
+    if HAS_MASK:
+        inside = mask_row
+        if EDGE:
+            inside = inside & (key < keys)
+        mask = tl.load(mask_at + key.to(tl.int64) * stride_ms, mask=inside, other=0)
+        if ADDITIVE:
+            z += mask.to(tl.float32)
+        else:
+            z = tl.where(mask != 0, z, float("-inf"))
+    if EDGE:
+        see = key < keys
+        if CAUSAL:
+            see = see & (key <= position)
+        if HAS_WINDOW:
+            see = see & (tl.abs(position - key) < window)
+        z = tl.where(see, z, float("-inf"))
+
+    if ADDITIVE:
+        new = tl.maximum(top, tl.max(z, 1))
+        shift = tl.where(new == float("-inf"), 0.0, new)  # where nothing is visible yet, -inf - -inf would be NaN
+        p = tl.exp2((z - shift[:, None]) * c)
+        correction = tl.exp2((top - shift) * c)
+    else:
+        new = tl.maximum(top, tl.max(z, 1) * c)
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(tl.fma(z, c, -shift[:, None]))
+        correction = tl.exp2(top - shift)
+    top = new
+    total = total * correction + tl.sum(p, 1)
+    v = _tile(v_ptr, start, stride_vs, page, stride_vp, keys, D, BLOCK_N, BLOCK_D, EDGE, PAGE, TMA).to(q.dtype)
+    if HAS_SCALES:
+        scale = _scales(v_scale_ptr, start, stride_v_scale_s, page, stride_v_scale_p, keys, BLOCK_N, EDGE, PAGE)
+        p *= (scale * 64.0)[None, :]
+    acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision="ieee")
+    return acc, top, total
+
+
+@triton.jit
 def _walk(
     acc, top, total, q, first, last, keys, position, k_ptr, v_ptr, stride_ks, stride_vs, pages, scales,
     mask_at, mask_row, stride_ms, factor, c, softcap, window,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_MASK: tl.constexpr, ADDITIVE: tl.constexpr, SCALED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    PAGE: tl.constexpr, HAS_SCALES: tl.constexpr, TMA: tl.constexpr,
+    PAGE: tl.constexpr, HAS_SCALES: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [first, last) to (acc, top, total), the online softmax of the rows of q; first is a multiple of BLOCK_N.
 
@@ -136,57 +199,23 @@ def _walk(
     scales (of k, its strides, of v, its strides) belong to an int8 cache. Its integers are exact in q's dtype and k's scale
     multiplies the score; v's goes into the weight, 64 times larger, so that fp16 holds it wherever fp16 would hold v: acc is
     then 64 times too large.
-    """
-    n = tl.arange(0, BLOCK_N)[None, :]
-    table_ptr, stride_tp, stride_kp, stride_vp = pages
-    k_scale_ptr, stride_k_scale_p, stride_k_scale_s, v_scale_ptr, stride_v_scale_p, stride_v_scale_s = scales
-    for start in range(first, last, BLOCK_N):
-        page = 0
-        if PAGE > 0:
-            page = _pages(table_ptr, stride_tp, start, keys, BLOCK_N, EDGE, PAGE)
-        k = _tile(k_ptr, start, stride_ks, page, stride_kp, keys, D, BLOCK_N, BLOCK_D, EDGE, PAGE, TMA).to(q.dtype)
-        z = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if HAS_SCALES:
-            z *= _scales(k_scale_ptr, start, stride_k_scale_s, page, stride_k_scale_p, keys, BLOCK_N, EDGE, PAGE)[None, :]
-        if HAS_SOFTCAP:
-            z = softcap * tanh(z * factor, q.dtype == tl.float32)
-        elif SCALED:
-            z = z * factor
-        key = start + n
-        if HAS_MASK:
-            inside = mask_row
-            if EDGE:
-                inside = inside & (key < keys)
-            mask = tl.load(mask_at + key.to(tl.int64) * stride_ms, mask=inside, other=0)
-            if ADDITIVE:
-                z += mask.to(tl.float32)
-            else:
-                z = tl.where(mask != 0, z, float("-inf"))
-        if EDGE:
-            see = key < keys
-            if CAUSAL:
-                see = see & (key <= position)
-            if HAS_WINDOW:
-                see = see & (tl.abs(position - key) < window)
-            z = tl.where(see, z, float("-inf"))
 
-        if ADDITIVE:
-            new = tl.maximum(top, tl.max(z, 1))
-            shift = tl.where(new == float("-inf"), 0.0, new)  # where nothing is visible yet, -inf - -inf would be NaN
-            p = tl.exp2((z - shift[:, None]) * c)
-            correction = tl.exp2((top - shift) * c)
-        else:
-            new = tl.maximum(top, tl.max(z, 1) * c)
-            shift = tl.where(new == float("-inf"), 0.0, new)
-            p = tl.exp2(tl.fma(z, c, -shift[:, None]))
-            correction = tl.exp2(top - shift)
-        top = new
-        total = total * correction + tl.sum(p, 1)
-        v = _tile(v_ptr, start, stride_vs, page, stride_vp, keys, D, BLOCK_N, BLOCK_D, EDGE, PAGE, TMA).to(q.dtype)
-        if HAS_SCALES:
-            scale = _scales(v_scale_ptr, start, stride_v_scale_s, page, stride_v_scale_p, keys, BLOCK_N, EDGE, PAGE)
-            p *= (scale * 64.0)[None, :]
-        acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision="ieee")
+    With SPECIALIZE some warps fetch tiles, one issues the products and the rest do the softmax, each ahead of the next.
+    """
+    if SPECIALIZE:  # a branch, because Triton before 3.4 does not know the argument
+        for start in tl.range(first, last, BLOCK_N, warp_specialize=True):
+            acc, top, total = _step(
+                acc, top, total, q, start, keys, position, k_ptr, v_ptr, stride_ks, stride_vs, pages, scales,
+                mask_at, mask_row, stride_ms, factor, c, softcap, window,
+                D, BLOCK_N, BLOCK_D, EDGE, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES, TMA,
+            )  # fmt: skip
+    else:
+        for start in range(first, last, BLOCK_N):
+            acc, top, total = _step(
+                acc, top, total, q, start, keys, position, k_ptr, v_ptr, stride_ks, stride_vs, pages, scales,
+                mask_at, mask_row, stride_ms, factor, c, softcap, window,
+                D, BLOCK_N, BLOCK_D, EDGE, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES, TMA,
+            )  # fmt: skip
     return acc, top, total
 
 
@@ -242,7 +271,7 @@ def _attention_prefill_kernel(
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_MASK: tl.constexpr, ADDITIVE: tl.constexpr, SCALED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_LENS: tl.constexpr, HAS_SINKS: tl.constexpr, PAGE: tl.constexpr, HAS_SCALES: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """A program: BLOCK_M queries of one head. Tiles of keys that all of them see need no comparison."""
     # Causal: the last queries see the most keys and go first, so that no long program is left at the end.
@@ -289,17 +318,20 @@ def _attention_prefill_kernel(
         acc, top, total = _walk(
             acc, top, total, q, first, tl.minimum(full, end), keys, position,
             k_ptr, v_ptr, stride_ks, stride_vs, pages, scales, mask_at, row, stride_ms, factor, c, softcap, window,
-            D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES, TMA,
+            D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES,
+            TMA, SPECIALIZE,
         )  # fmt: skip
     acc, top, total = _walk(
         acc, top, total, q, full, edge, keys, position,
         k_ptr, v_ptr, stride_ks, stride_vs, pages, scales, mask_at, row, stride_ms, factor, c, softcap, window,
-        D, BLOCK_N, BLOCK_D, False, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES, TMA,
+        D, BLOCK_N, BLOCK_D, False, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES,
+        TMA, SPECIALIZE,
     )  # fmt: skip
     acc, top, total = _walk(
         acc, top, total, q, edge, end, keys, position,
         k_ptr, v_ptr, stride_ks, stride_vs, pages, scales, mask_at, row, stride_ms, factor, c, softcap, window,
-        D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES, TMA,
+        D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES,
+        TMA, SPECIALIZE,
     )  # fmt: skip
 
     if HAS_SCALES:
@@ -359,7 +391,8 @@ def _attention_decode_kernel(
         tl.zeros([BLOCK_M], tl.float32),
         q, first // BLOCK_N * BLOCK_N, last, keys, keys - T + t,
         k_ptr, v_ptr, stride_ks, stride_vs, pages, scales, mask_at, row, stride_ms, factor, c, softcap, window,
-        D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES, False,
+        D, BLOCK_N, BLOCK_D, True, CAUSAL, HAS_WINDOW, HAS_MASK, ADDITIVE, SCALED, HAS_SOFTCAP, PAGE, HAS_SCALES,
+        False, False,
     )  # fmt: skip
     if HAS_SCALES:
         acc *= 1.0 / 64.0
@@ -454,13 +487,15 @@ def _shipped_prefill(gpu: GPU, block_d: int, itemsize: int, masked: int, windowe
         block_n = max(16, block_n // 2)
     if (masked or quantized or windowed) and itemsize == 2 and block_d >= 128:
         block_m, num_warps = block_m // 2, num_warps if masked else num_warps // 2
-    return {**_launch(gpu, block_m, block_n, block_d, num_warps, num_stages), "TMA": 0}
+    if gpu.major == 12 and itemsize == 4 and block_d == 128:  # there Triton's layout of the larger tile spills
+        block_m, num_warps = block_m // 2, num_warps // 2
+    return {**_launch(gpu, block_m, block_n, block_d, num_warps, num_stages), "TMA": 0, "SPECIALIZE": 0}
 
 
 def _shipped_decode(gpu: GPU, block_d: int, itemsize: int, paged: int, quantized: int) -> dict[str, Any]:
     block_n, num_warps, num_stages = (_DECODE_32 if itemsize == 4 else _DECODE_16)[block_d]
     if itemsize == 4:  # addresses of pages, and int8 tiles that wait to be widened, would spill; tiles stay, and so do bits
-        num_warps = 8 if paged or quantized else num_warps
+        num_warps = 8 if paged or quantized or (gpu.major == 8 and block_d == 64) else num_warps  # sm_80: a window spills
         num_stages = 1 if quantized else num_stages
     return _launch(gpu, 16, block_n, block_d, num_warps, num_stages)
 
@@ -470,9 +505,15 @@ def _launch(gpu: GPU, block_m: int, block_n: int, block_d: int, num_warps: int, 
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def _has_tma(gpu: GPU) -> bool:
-    """Whether tiles can come through tensor descriptors: a copy engine, and a Triton (3.4 and newer) that drives it."""
-    return gpu.major >= 9 and not gpu.hip and hasattr(tl, "make_tensor_descriptor")
+def _copies(gpu: GPU) -> Iterator[tuple[int, int]]:
+    """TMA and SPECIALIZE as they make sense there: whether tiles come through tensor descriptors, which takes a copy engine and a
+    Triton (3.4 and newer) that drives it, and whether warps then have different work. For sm_90 Triton 3.6 and 3.9 either
+    ignore that or fail to compile, by the number of warps; for sm_100 and sm_120 they do it."""
+    yield 0, 0
+    if gpu.major >= 9 and not gpu.hip and hasattr(tl, "make_tensor_descriptor"):
+        yield 1, 0
+        if gpu.major >= 10 and "warp_specialize" in inspect.signature(tl.range.__init__).parameters:
+            yield 1, 1
 
 
 def _prefill_candidates(
@@ -481,8 +522,9 @@ def _prefill_candidates(
     for block_m in (64, 128):
         for block_n in (32, 64, 128):
             for num_stages in (2, 3, 4):
-                for tma in (0, 1) if _has_tma(gpu) else (0,):
-                    yield from warps({**_launch(gpu, block_m, block_n, block_d, 0, num_stages), "TMA": tma}, 4, 8)
+                for tma, specialize in _copies(gpu):
+                    launch = _launch(gpu, block_m, block_n, block_d, 0, num_stages)
+                    yield from warps({**launch, "TMA": tma, "SPECIALIZE": specialize}, 4, 8)
 
 
 def _decode_candidates(gpu: GPU, block_d: int, itemsize: int, paged: int, quantized: int) -> Iterator[dict[str, Any]]:
@@ -601,7 +643,7 @@ def attention(
             has = int(mask is not None), int(window is not None), int(k_scale is not None)
             launch = _PREFILL_LAUNCHES(q.device, _block_d(D), q.itemsize, *has)
             if launch["TMA"] and (page or not _describable(k, v)):
-                launch = {**launch, "TMA": 0}
+                launch = {**launch, "TMA": 0, "SPECIALIZE": 0}
             if launch["TMA"]:
                 triton.set_allocator(_scratch)
             _attention_prefill_kernel[(triton.cdiv(T, launch["BLOCK_M"]), H, B)](
