@@ -10,11 +10,14 @@ namespace fastllm::cpu {
 // o[b, h, t] = sum over s of softmax_s(scale q[b, h, t] . k[b, h / G, s]) v[b, h / G, s], with G = H / Hk query heads
 // to a key/value head. Strides are in elements; the last dimension of q, k, v and o has stride 1.
 struct AttentionArgs {
-  const void* q;  // (B, H, T, D)
-  const void* k;  // (B, Hk, S, D)
-  const void* v;  // (B, Hk, S, D)
-  void* o;        // (B, H, T, D)
-  DType dtype;    // of all four
+  const void* q;                                   // (B, H, T, D)
+  const void* k;                                   // (B, Hk, S, D)
+  const void* v;                                   // (B, Hk, S, D)
+  void* o;                                         // (B, H, T, D)
+  DType dtype;                                     // of q and o
+  DType kv_dtype;                                  // of k and v: dtype, bf16 or f16 with f32, or i8
+  const float *k_scale, *v_scale;                  // (B, Hk, S): what a step of i8 is worth in each row; else null
+  int64_t k_scale_strides[2], v_scale_strides[2];  // of the first two dimensions; the last has 1
   int64_t B, H, Hk, T, S, D;
   int64_t q_strides[3], k_strides[3], v_strides[3], o_strides[3];  // of the first three dimensions
   const void* mask;                                                // (B, H, T, S) boolean, f32, bf16 or f16; or null

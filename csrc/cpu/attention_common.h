@@ -97,6 +97,17 @@ FASTLLM_INLINE void widen_row(const T* x, int64_t D, float factor, float* out) {
   if (d < D) store(out + d, load_n(x + d, D - d) * f);
 }
 
+// The scales of one key/value head of an int8 cache.
+FASTLLM_INLINE const float* scales_of(const float* scale, const int64_t (&strides)[2], int64_t b, int64_t kv_head) {
+  return scale + b * strides[0] + kv_head * strides[1];
+}
+// x[s] *= factor[s] for s < n.
+FASTLLM_INLINE void multiply_row(float* x, const float* factor, int64_t n) {
+  int64_t s = 0;
+  for (; s + kWidth <= n; s += kWidth) store(x + s, load(x + s) * load(factor + s));
+  if (s < n) store_n(x + s, load_n(x + s, n - s) * load_n(factor + s, n - s), n - s);
+}
+
 // y = x / sum; a row that sees no key has sum 0 and acc 0, and gives zeros.
 template <typename T>
 FASTLLM_INLINE void store_row(const float* acc, float sum, int64_t D, T* y) {

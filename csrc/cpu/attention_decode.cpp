@@ -10,6 +10,8 @@
 // and leaves maximum, sum and acc of each row. The last task of a head to finish adds the splits up, in their order:
 // bits do not depend on threads.
 //
+// An int8 cache enters the products as it is: a key's scale multiplies its scores, a value's scale its weights.
+//
 // Bytes: k and v once, 2 S D elements a key/value head; flops: 4 D R a key. At R = 4 in bf16 that is 4 flops a byte, so
 // memory is the limit; from about R = 16 on, the FMAs are, and the prefill kernel has the better tiles.
 #include "attention_decode.h"
@@ -204,17 +206,18 @@ struct Head {
 };
 
 // Fills the partials of the keys [s0, s1); q is [rows][wide], p is [rows][kSplit].
-template <typename T>
+template <typename Cache>
 void attend(const AttentionArgs& a, const Head& head, int64_t s0, int64_t s1, float* q, float* p, const Partials& out,
             int64_t task) {
   const int64_t D = a.D, wide = out.wide, rows = out.rows, G = a.H / a.Hk, head0 = head.kv_head * G, n = s1 - s0;
   for (int64_t r = 0; r < rows; ++r) {
-    const T* row = static_cast<const T*>(a.q) + head.b * a.q_strides[0] + (head0 + r % G) * a.q_strides[1] +
-                   r / G * a.q_strides[2];
-    widen_row(row, D, q_factor(a), q + r * wide);
+    const int64_t at = head.b * a.q_strides[0] + (head0 + r % G) * a.q_strides[1] + r / G * a.q_strides[2];
+#define FASTLLM_BODY(T) widen_row(static_cast<const decltype(T)*>(a.q) + at, D, q_factor(a), q + r * wide)
+    FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
+#undef FASTLLM_BODY
   }
-  const T* k =
-      static_cast<const T*>(a.k) + head.b * a.k_strides[0] + head.kv_head * a.k_strides[1] + s0 * a.k_strides[2];
+  const Cache* k =
+      static_cast<const Cache*>(a.k) + head.b * a.k_strides[0] + head.kv_head * a.k_strides[1] + s0 * a.k_strides[2];
 #define FASTLLM_BODY(Rows) score_rows<Rows>(q + r * wide, wide, k, a.k_strides[2], n, D, p + r * kSplit)
   FASTLLM_BY_ROWS(rows, FASTLLM_BODY)
 #undef FASTLLM_BODY
@@ -222,6 +225,7 @@ void attend(const AttentionArgs& a, const Head& head, int64_t s0, int64_t s1, fl
   for (int64_t r = 0; r < rows; ++r) {
     float* row = p + r * kSplit;
     for (int64_t s = n; s % kWidth; ++s) row[s] = 0.0f;
+    if (a.k_scale) multiply_row(row, scales_of(a.k_scale, a.k_scale_strides, head.b, head.kv_head) + s0, n);
     scale_scores(a, row, round_up(n, kWidth));
     const Range seen = visible(a, head.keys, r / G);
     const int64_t from = least(most(seen.begin - s0, 0), n), to = most(least(seen.end - s0, n), from);
@@ -233,10 +237,11 @@ void attend(const AttentionArgs& a, const Head& head, int64_t s0, int64_t s1, fl
       for (int64_t s = from; s < to; ++s) row[s] += bias[s - from];
     }
     out.sum(task)[r] = softmax_row(row, n, weight_exponent(a), out.max(task) + r);
+    if (a.v_scale) multiply_row(row, scales_of(a.v_scale, a.v_scale_strides, head.b, head.kv_head) + s0, n);
   }
 
-  const T* v =
-      static_cast<const T*>(a.v) + head.b * a.v_strides[0] + head.kv_head * a.v_strides[1] + s0 * a.v_strides[2];
+  const Cache* v =
+      static_cast<const Cache*>(a.v) + head.b * a.v_strides[0] + head.kv_head * a.v_strides[1] + s0 * a.v_strides[2];
 #define FASTLLM_BODY(Rows) output_rows<Rows>(p + r * kSplit, v, a.v_strides[2], n, D, out.acc(task) + r * wide, wide)
   FASTLLM_BY_ROWS(rows, FASTLLM_BODY)
 #undef FASTLLM_BODY
@@ -297,7 +302,9 @@ void attention_decode(const AttentionArgs& a) {
         const int64_t s0 = most(head.begin, task % splits * kSplit);
         const int64_t s1 = least(head.end, (task % splits + 1) * kSplit);
 #define FASTLLM_BODY(T) attend<decltype(T)>(a, head, s0, s1, q, p, partials, task)
-        if (s0 < s1) FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
+        if (s0 < s1) {
+          FASTLLM_FOR_CACHE(a.kv_dtype, FASTLLM_BODY)
+        }
 #undef FASTLLM_BODY
         if (__atomic_add_fetch(reinterpret_cast<int*>(done + index), 1, __ATOMIC_ACQ_REL) != splits) continue;
         // Tasks of this head that had keys.

@@ -183,7 +183,7 @@ FASTLLM_INLINE T* row_of(const void* tensor, const int64_t (&strides)[3], int64_
   return static_cast<T*>(const_cast<void*>(tensor)) + b * strides[0] + head * strides[1] + token * strides[2];
 }
 
-template <typename T>
+template <typename Cache>
 void attend(const AttentionArgs& a, const Task& task, const Scratch& x) {
   const int64_t D = a.D, wide = round_up(D, kWidth), G = a.H / a.Hk, head0 = task.kv_head * G;
   const int64_t rows = task.row1 - task.row0, padded = round_up(rows, kPanel);
@@ -194,8 +194,10 @@ void attend(const AttentionArgs& a, const Task& task, const Scratch& x) {
   std::memset(x.q, 0, static_cast<size_t>(padded * D) * sizeof(float));
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t row = task.row0 + m;
-    const T* q = row_of<const T>(a.q, a.q_strides, task.b, head0 + row % G, row / G);
-    widen_row(q, D, factor, x.bias);
+#define FASTLLM_BODY(T) \
+  widen_row(row_of<const decltype(T)>(a.q, a.q_strides, task.b, head0 + row % G, row / G), D, factor, x.bias)
+    FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
+#undef FASTLLM_BODY
     float* column = x.q + m / kPanel * kPanel * D + m % kPanel;
     for (int64_t d = 0; d < D; ++d) column[d * kPanel] = x.bias[d];
   }
@@ -207,15 +209,18 @@ void attend(const AttentionArgs& a, const Task& task, const Scratch& x) {
   }
   std::memset(x.acc, 0, static_cast<size_t>(padded * wide) * sizeof(float));
 
-  const T* k = row_of<const T>(a.k, a.k_strides, task.b, task.kv_head, 0);
-  const T* v = row_of<const T>(a.v, a.v_strides, task.b, task.kv_head, 0);
+  const Cache* k = row_of<const Cache>(a.k, a.k_strides, task.b, task.kv_head, 0);
+  const Cache* v = row_of<const Cache>(a.v, a.v_strides, task.b, task.kv_head, 0);
+  const bool scaled = a.k_scale != nullptr;
+  const float* k_scale = scaled ? scales_of(a.k_scale, a.k_scale_strides, task.b, task.kv_head) : nullptr;
+  const float* v_scale = scaled ? scales_of(a.v_scale, a.v_scale_strides, task.b, task.kv_head) : nullptr;
   const int64_t first = visible(a, keys, task.row0 / G).begin / kBlock * kBlock;
   const int64_t last = visible(a, keys, (task.row1 - 1) / G).end;
   for (int64_t s0 = first; s0 < last; s0 += kBlock) {
     const int64_t block = least(kBlock, last - s0);
     for (int64_t s = 0; s < block; ++s) {
-      widen_row(k + (s0 + s) * a.k_strides[2], D, 1.0f, x.k + s * wide);
-      widen_row(v + (s0 + s) * a.v_strides[2], D, 1.0f, x.v + s * wide);
+      widen_row(k + (s0 + s) * a.k_strides[2], D, scaled ? k_scale[s0 + s] : 1.0f, x.k + s * wide);
+      widen_row(v + (s0 + s) * a.v_strides[2], D, scaled ? v_scale[s0 + s] : 1.0f, x.v + s * wide);
     }
     std::memset(x.k + block * wide, 0, static_cast<size_t>((round_up(block, kKeys) - block) * wide) * sizeof(float));
 
@@ -247,7 +252,10 @@ void attend(const AttentionArgs& a, const Task& task, const Scratch& x) {
 
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t row = task.row0 + m;
-    store_row(x.acc + m * wide, x.sum[m], D, row_of<T>(a.o, a.o_strides, task.b, head0 + row % G, row / G));
+#define FASTLLM_BODY(T) \
+  store_row(x.acc + m * wide, x.sum[m], D, row_of<decltype(T)>(a.o, a.o_strides, task.b, head0 + row % G, row / G))
+    FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
+#undef FASTLLM_BODY
   }
 }
 
@@ -275,7 +283,7 @@ void attention_prefill(const AttentionArgs& a) {
         const int64_t row0 = (a.causal ? runs - 1 - i / heads : i / heads) * length;
         const Task task = {i % heads / a.Hk, i % a.Hk, row0, least(row0 + length, rows)};
 #define FASTLLM_BODY(T) attend<decltype(T)>(a, task, scratch)
-        FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
+        FASTLLM_FOR_CACHE(a.kv_dtype, FASTLLM_BODY)
 #undef FASTLLM_BODY
       }
     }

@@ -18,21 +18,33 @@ void check_kv_lens(const TensorView& lens, int64_t S) {
   }
 }
 
+const float* scale_of(const TensorView& scale, int64_t S, int64_t (&strides)[2]) {
+  FASTLLM_CHECK(scale.ndim == 3 && scale.dtype == DType::f32 && (scale.stride(2) == 1 || S <= 1),
+                "attention: a scale must be float32 (B, Hk, S) with stride 1 in the last dim");
+  for (int i = 0; i < 2; ++i) strides[i] = scale.strides[i];
+  return scale.as<const float>();
+}
+
 template <const KernelTable<AttentionArgs>& kernel>
 void attention(const TensorView& q, const TensorView& k, const TensorView& v, const std::optional<TensorView>& mask,
-               const std::optional<TensorView>& kv_lens, const std::optional<TensorView>& sinks, const TensorView& o,
+               const std::optional<TensorView>& kv_lens, const std::optional<TensorView>& sinks,
+               const std::optional<TensorView>& k_scale, const std::optional<TensorView>& v_scale, const TensorView& o,
                bool causal, float scale, int64_t window, float softcap, int threads) {
   for (const TensorView* x : {&q, &k, &v, &o}) {
-    FASTLLM_CHECK(x->ndim == 4 && x->dtype == q.dtype, "attention: q, k, v and o must have 4 dims and one dtype");
+    FASTLLM_CHECK(x->ndim == 4, "attention: q, k, v and o must have 4 dims");
     FASTLLM_CHECK(x->stride(3) == 1 || x->size(3) == 1 || x->numel() == 0,
                   "attention: q, k, v and o must have stride 1 in the last dim");
   }
+  FASTLLM_CHECK(o.dtype == q.dtype && v.dtype == k.dtype, "attention: q and o, and k and v, must have one dtype");
+  FASTLLM_CHECK(k.dtype == q.dtype || k.dtype == DType::i8 || q.dtype == DType::f32, "attention: k has dtype ",
+                name(k.dtype), " with q of ", name(q.dtype));
   AttentionArgs a{};
   a.q = q.data;
   a.k = k.data;
   a.v = v.data;
   a.o = o.data;
   a.dtype = q.dtype;
+  a.kv_dtype = k.dtype;
   a.B = q.size(0);
   a.H = q.size(1);
   a.T = q.size(2);
@@ -54,6 +66,12 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v, co
     a.kv_lens_dtype = kv_lens->dtype;
     a.kv_lens_stride = kv_lens->stride(0);
   }
+  FASTLLM_CHECK((k.dtype == DType::i8) == k_scale.has_value() && k_scale.has_value() == v_scale.has_value(),
+                "attention: int8 keys and values need k_scale and v_scale, others have none");
+  if (k_scale) {
+    a.k_scale = scale_of(*k_scale, a.S, a.k_scale_strides);
+    a.v_scale = scale_of(*v_scale, a.S, a.v_scale_strides);
+  }
   a.sinks = sinks ? sinks->as<float>() : nullptr;
   a.causal = causal;
   a.window = window < a.S + a.T ? window : 0;  // no two tokens are further apart
@@ -66,7 +84,9 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v, co
 }  // namespace
 
 void bind_attention(py::module_& m) {
-  const char* doc = "(q, k, v, mask, kv_lens, sinks, o, causal, scale, window, softcap, threads): fills o; 0 is none";
+  const char* doc =
+      "(q, k, v, mask, kv_lens, sinks, k_scale, v_scale, o, causal, scale, window, softcap, threads): fills o; 0 is "
+      "none";
   m.def("attention_prefill", &attention<attention_prefill_kernel>, doc);
   m.def("attention_decode", &attention<attention_decode_kernel>, doc);
   declare_rungs(m, "attention_prefill", attention_prefill_kernel);

@@ -5,7 +5,7 @@ namespace fastllm::cpu {
 namespace {
 
 RotaryTensor rotary_tensor(const TensorView& in, const TensorView& out, bool rotated, bool slotted) {
-  RotaryTensor tensor{in.data, out.data, out.dtype, in.shape[1], {}, {}, rotated, slotted};
+  RotaryTensor tensor{in.data, out.data, out.dtype, in.shape[1], {}, {}, rotated, slotted, nullptr, {}};
   for (int i = 0; i < 3; ++i) {
     tensor.in_strides[i] = in.strides[i];
     tensor.out_strides[i] = out.strides[i];
@@ -64,6 +64,19 @@ void check_cache(const char* name, const TensorView& cache, int64_t rows) {
   }
 }
 
+// An int8 cache's scales, (B, Hk, max_tokens); no other cache has them.
+void set_scale(const char* name, const TensorView& cache, const std::optional<TensorView>& scale, int64_t rows,
+               RotaryTensor* tensor) {
+  FASTLLM_CHECK((cache.dtype == DType::i8) == scale.has_value(), "apply_rotary_cache: an int8 cache needs ", name,
+                ", others have none");
+  if (!scale) return;
+  FASTLLM_CHECK(scale->ndim == 3 && scale->dtype == DType::f32 && cache.size(3) <= kMaxInt8Row,
+                "apply_rotary_cache: ", name, " must be float32 (B, Hk, max_tokens), and D at most ", kMaxInt8Row);
+  check_cache(name, *scale, rows);
+  tensor->scale = scale->as<float>();
+  for (int i = 0; i < 3; ++i) tensor->scale_strides[i] = scale->strides[i];
+}
+
 }  // namespace
 
 void bind_rotary(py::module_& m) {
@@ -82,7 +95,8 @@ void bind_rotary(py::module_& m) {
       "apply_rotary_cache",
       [](const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& cos, const TensorView& sin,
          const TensorView& q_out, const TensorView& k_cache, const TensorView& v_cache, const TensorView& positions,
-         const std::optional<TensorView>& slots, bool interleaved, int threads) {
+         const std::optional<TensorView>& slots, const std::optional<TensorView>& k_scale,
+         const std::optional<TensorView>& v_scale, bool interleaved, int threads) {
         RotaryArgs a = rotary_args(q, k, cos, sin, interleaved, threads);
         FASTLLM_CHECK(positions.dtype == DType::i64 && (!slots || slots->dtype == DType::i64),
                       "apply_rotary_cache: positions and slots must be int64");
@@ -96,10 +110,13 @@ void bind_rotary(py::module_& m) {
         a.tensors[0] = rotary_tensor(q, q_out, true, false);
         a.tensors[1] = rotary_tensor(k, k_cache, true, true);
         a.tensors[2] = rotary_tensor(v, v_cache, false, true);
+        set_scale("k_scale", k_cache, k_scale, a.B * a.T, &a.tensors[1]);
+        set_scale("v_scale", v_cache, v_scale, a.B * a.T, &a.tensors[2]);
         a.num_tensors = 3;
         launch([a] { rotary_kernel(a); });
       },
-      "(q, k, v, cos, sin, q_out, k_cache, v_cache, positions, slots, interleaved, threads): fills q_out, writes k and "
+      "(q, k, v, cos, sin, q_out, k_cache, v_cache, positions, slots, k_scale, v_scale, interleaved, threads): fills "
+      "q_out, writes k and "
       "v to their slots");
   declare_rungs(m, "rotary", rotary_kernel);
 }

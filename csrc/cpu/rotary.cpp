@@ -3,7 +3,9 @@
 //   a' = a cos_a - b sin_a,   b' = b cos_b + a sin_b
 //
 // where the pair is lanes (i, i + R/2), or (2i, 2i + 1) when interleaved, and cos and sin hold a value for each lane.
-// With caches, rotated k and untouched v go to their slots in the same pass.
+// With caches, rotated k and untouched v go to their slots in the same pass; in an int8 cache as
+//
+//   scale = max|x| / 127, q = round_half_even(x (127 / max|x|)) over the D lanes of a head, from fp32, rounded once
 //
 // Bytes a token: (H + Hk) D read and written, (H + 2 Hk) D with caches, plus 2 R of cos and sin, which stay in L1 over
 // the heads. Flops: 3 a lane, far below what memory allows: memory limits it, from L2 or beyond.
@@ -70,14 +72,10 @@ FASTLLM_INLINE int64_t index_at(const int64_t* indices, const int64_t* strides, 
   return indices ? indices[b * strides[0] + t * strides[1]] : t;
 }
 
-// One head of one token.
+// x, turned by its token's angle or as it is, goes to y.
 template <typename X, typename C, typename Y>
-FASTLLM_INLINE void rotary_row(const RotaryArgs& a, const RotaryTensor& tensor, int64_t b, int64_t h, int64_t t) {
-  const int64_t row = tensor.slotted ? index_at(a.slots, a.slots_strides, b, t) : t;
-  const int64_t *in = tensor.in_strides, *out = tensor.out_strides;
-  const X* x = static_cast<const X*>(tensor.in) + b * in[0] + h * in[1] + t * in[2];
-  Y* y = static_cast<Y*>(tensor.out) + b * out[0] + h * out[1] + row * out[2];
-  if (!tensor.rotated) {
+FASTLLM_INLINE void turn_row(const RotaryArgs& a, bool rotated, const X* x, Y* y, int64_t b, int64_t t) {
+  if (!rotated) {
     copy_lanes(x, y, a.D);
     return;
   }
@@ -90,6 +88,47 @@ FASTLLM_INLINE void rotary_row(const RotaryArgs& a, const RotaryTensor& tensor, 
     rotate_halves(x, y, cos, sin, a.R / 2);
   }
   if (a.R < a.D) copy_lanes(x + a.R, y + a.R, a.D - a.R);
+}
+
+// x[0 .. n) as int8, and its scale; a row that holds an infinity or a NaN gets the scale NaN, so that whoever reads it
+// notices.
+FASTLLM_INLINE float quantize_row(const float* x, int64_t n, int8_t* q) {
+  vf largest = zero(), poison = zero();
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const vf a = n - i < kWidth ? load_n(x + i, n - i) : load(x + i);
+    largest = max(max(a, zero() - a), largest);
+    poison = fmadd(a, zero(), poison);  // infinity times 0 is NaN
+  }
+  const float amax = reduce_max(largest);
+  const bool finite = reduce_add(poison) == 0.0f, usable = finite && amax >= 0x1p-100f;  // else 127 / amax overflows
+  const vf inverse = set1(usable ? 127.0f / amax : 0.0f);
+  for (int64_t i = 0; i < n; i += kWidth) {
+    if (!usable) {
+      std::memset(q + i, 0, static_cast<size_t>(n - i < kWidth ? n - i : kWidth));
+    } else if (n - i < kWidth) {
+      store_n(q + i, load_n(x + i, n - i) * inverse, n - i);
+    } else {
+      store(q + i, load(x + i) * inverse);
+    }
+  }
+  return usable ? amax / 127.0f : finite ? 0.0f : __builtin_nanf("");
+}
+
+// One head of one token.
+template <typename X, typename C, typename Y>
+FASTLLM_INLINE void rotary_row(const RotaryArgs& a, const RotaryTensor& tensor, int64_t b, int64_t h, int64_t t) {
+  const int64_t row = tensor.slotted ? index_at(a.slots, a.slots_strides, b, t) : t;
+  const int64_t *in = tensor.in_strides, *out = tensor.out_strides;
+  const X* x = static_cast<const X*>(tensor.in) + b * in[0] + h * in[1] + t * in[2];
+  Y* y = static_cast<Y*>(tensor.out) + b * out[0] + h * out[1] + row * out[2];
+  if constexpr (sizeof(Y) == 1) {
+    float wide[kMaxInt8Row];
+    turn_row<X, C>(a, tensor.rotated, x, wide, b, t);
+    const int64_t* at = tensor.scale_strides;
+    tensor.scale[b * at[0] + h * at[1] + row * at[2]] = quantize_row(wide, a.D, y);
+  } else {
+    turn_row<X, C>(a, tensor.rotated, x, y, b, t);
+  }
 }
 
 // Tokens [t0, t1) of batch b, in the order in which the rows stand in memory.
@@ -106,19 +145,29 @@ void rotary_tokens(const RotaryArgs& a, const RotaryTensor& tensor, int64_t b, i
   }
 }
 
-// cos and sin are of X or float; the result of X, or shorter where a float k goes into a cache of halves.
+template <typename X, typename C>
+void rotary_tokens_by(const RotaryArgs& a, const RotaryTensor& tensor, int64_t b, int64_t t0, int64_t t1) {
+  if (tensor.out_dtype == DType::i8) {
+    rotary_tokens<X, C, int8_t>(a, tensor, b, t0, t1);
+  } else {
+    rotary_tokens<X, C, X>(a, tensor, b, t0, t1);
+  }
+}
+
+// cos and sin are of X or float; the result of X, or shorter where it goes into a cache of int8 or a float one into
+// halves.
 template <typename X>
 void rotary_tokens_of(const RotaryArgs& a, const RotaryTensor& tensor, int64_t b, int64_t t0, int64_t t1) {
   if (a.table_dtype == DType::f32) {
-    rotary_tokens<X, float, X>(a, tensor, b, t0, t1);
+    rotary_tokens_by<X, float>(a, tensor, b, t0, t1);
   } else {
-    rotary_tokens<X, X, X>(a, tensor, b, t0, t1);
+    rotary_tokens_by<X, X>(a, tensor, b, t0, t1);
   }
 }
 template <>
 void rotary_tokens_of<float>(const RotaryArgs& a, const RotaryTensor& tensor, int64_t b, int64_t t0, int64_t t1) {
 #define FASTLLM_BODY(T) rotary_tokens<float, float, decltype(T)>(a, tensor, b, t0, t1)
-  FASTLLM_FOR_FLOAT(tensor.out_dtype, FASTLLM_BODY)
+  FASTLLM_FOR_CACHE(tensor.out_dtype, FASTLLM_BODY)
 #undef FASTLLM_BODY
 }
 

@@ -15,6 +15,8 @@ struct RotaryTensor {
   int64_t in_strides[3], out_strides[3];
   bool rotated;  // v is not
   bool slotted;  // token t of batch b goes to row slots[b, t] of a cache rather than to row t
+  float* scale;  // (batch, head, token) of an int8 cache; else null
+  int64_t scale_strides[3];
 };
 
 struct RotaryArgs {
@@ -34,6 +36,8 @@ struct RotaryArgs {
   bool interleaved;  // pairs are lanes (2i, 2i + 1), else (i, i + R / 2)
   int threads;
 };
+
+constexpr int64_t kMaxInt8Row = 512;  // the largest D that goes to an int8 cache
 
 FASTLLM_KERNEL(rotary, RotaryArgs, avx512)
 

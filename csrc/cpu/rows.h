@@ -42,8 +42,8 @@ static inline int64_t row_offset(const Rows& rows, int64_t row) {
 
 }  // namespace fastllm::cpu
 
-// Calls body(T{}) with the C++ type of a floating dtype. In a macro, because a template shared between rungs would not
-// do.
+// Calls body(T{}) with the C++ type of a floating dtype; of a cache's, which may be int8 too. In macros, because a
+// template shared between rungs would not do.
 #define FASTLLM_FOR_FLOAT(dtype, body) \
   switch (dtype) {                     \
     case ::fastllm::DType::f32:        \
@@ -57,4 +57,10 @@ static inline int64_t row_offset(const Rows& rows, int64_t row) {
       break;                           \
     default:                           \
       break;                           \
+  }
+#define FASTLLM_FOR_CACHE(dtype, body)   \
+  if ((dtype) == ::fastllm::DType::i8) { \
+    body(int8_t{});                      \
+  } else {                               \
+    FASTLLM_FOR_FLOAT(dtype, body)       \
   }

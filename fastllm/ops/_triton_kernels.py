@@ -5,6 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..quant.rounding import TINY
+
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: beside it an fp32 has no fraction left, so adding it rounds half to even
+SMALLEST = tl.constexpr(TINY)
+
 
 @triton.jit
 def row_start(row, n1, n2, s0, s1, s2):
@@ -36,6 +41,24 @@ def quantized_column(dwords, zero, c: tl.constexpr, BITS: tl.constexpr):
     step = tl.full(dwords.shape, 1.0 / (1 << LOW), tl.float32)
     start = tl.full(dwords.shape, 8388608.0 / (1 << LOW), tl.float32) + zero
     return tl.fma(q.to(tl.float32, bitcast=True), step, -start)
+
+
+@triton.jit
+def int8_scale(amax, finite):
+    """Of rows of which the largest magnitude is amax: a step's worth, and its inverse, 0 where a row rounds to zeros. A GPU's
+    maximum drops NaN: ``finite`` is to be asked of each element."""
+    usable = finite & (amax >= SMALLEST)
+    steps = tl.full(amax.shape, 127.0, tl.float32)
+    inverse = tl.where(usable, tl.div_rn(steps, tl.where(usable, amax, 1.0)), 0.0)
+    return tl.where(usable, tl.div_rn(amax, steps), tl.where(finite, 0.0, float("nan"))), inverse
+
+
+@triton.jit
+def int8_round(x, inverse):
+    """Integers, as fp32. ``inverse`` broadcasts to x."""
+    # fma rather than *: a compiler that fuses the product with the sum that rounds it would round once, not twice.
+    q = tl.fma(tl.where(inverse != 0.0, x, 0.0), tl.broadcast_to(inverse, x.shape), tl.zeros(x.shape, tl.float32))
+    return (q + ROUND) - ROUND
 
 
 @triton.jit

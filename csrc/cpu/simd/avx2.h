@@ -43,6 +43,15 @@ template <typename Half>
 FASTLLM_INLINE vf load(const Half* p) {
   return widen(Half{}, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+FASTLLM_INLINE vf load(const int8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+}
+FASTLLM_INLINE void store(int8_t* p, vf a) {
+  const __m256i q = _mm256_cvtps_epi32(a.v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
 // AVX2 has no masked access to 16-bit lanes: partial vectors go through a buffer.
 template <typename Half>
 FASTLLM_INLINE vf load_n(const Half* p, int64_t n) {
@@ -59,6 +68,17 @@ FASTLLM_INLINE void store_n(Half* p, vf a, int64_t n) {
   alignas(16) uint16_t buffer[8];
   _mm_store_si128(reinterpret_cast<__m128i*>(buffer), narrow(Half{}, a));
   std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(Half));
+}
+
+FASTLLM_INLINE vf load_n(const int8_t* p, int64_t n) {
+  int8_t buffer[8] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(n));
+  return load(buffer);
+}
+FASTLLM_INLINE void store_n(int8_t* p, vf a, int64_t n) {
+  int8_t buffer[8];
+  store(buffer, a);
+  std::memcpy(p, buffer, static_cast<size_t>(n));
 }
 
 FASTLLM_INLINE vf set1(float x) { return {_mm256_set1_ps(x)}; }

@@ -52,6 +52,19 @@ FASTLLM_INLINE void store_n(Half* p, vf a, int64_t n) {
   _mm256_mask_storeu_epi16(p, lane_mask(n), narrow(Half{}, a));
 }
 
+FASTLLM_INLINE vf load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+FASTLLM_INLINE vf load_n(const int8_t* p, int64_t n) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lane_mask(n), p)))};
+}
+FASTLLM_INLINE void store(int8_t* p, vf a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+FASTLLM_INLINE void store_n(int8_t* p, vf a, int64_t n) {
+  _mm_mask_storeu_epi8(p, lane_mask(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+
 FASTLLM_INLINE vf set1(float x) { return {_mm512_set1_ps(x)}; }
 FASTLLM_INLINE vf zero() { return {_mm512_setzero_ps()}; }
 FASTLLM_INLINE vf operator+(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }

@@ -34,6 +34,8 @@ FASTLLM_INLINE float to_float(f16 x) {
   return float_from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
 }
 
+FASTLLM_INLINE float to_float(int8_t x) { return static_cast<float>(x); }
+
 FASTLLM_INLINE void from_float(float x, float& out) { out = x; }
 FASTLLM_INLINE void from_float(float x, bf16& out) {
   const uint32_t bits = bits_from_float(x);
@@ -56,6 +58,11 @@ FASTLLM_INLINE void from_float(float x, f16& out) {
     const uint32_t odd = magnitude >> 13 & 1;
     out.bits = sign | static_cast<uint16_t>((magnitude - 0x38000000 + 0xfff + odd) >> 13);
   }
+}
+// For |x| <= 127: to the nearest, ties to even.
+FASTLLM_INLINE void from_float(float x, int8_t& out) {
+  const volatile float shifted = x + 12582912.0f;  // volatile: the subtraction must not be folded away
+  out = static_cast<int8_t>(shifted - 12582912.0f);
 }
 
 template <typename T>

@@ -37,9 +37,10 @@ def _prepare(
 ) -> tuple[Any, ...]:
     _check.floating("attention", "q", q)
     quantized = k_scale is not None or v_scale is not None
-    dtype, to_match = (torch.int8, "k_scale and v_scale") if quantized else (q.dtype, "q")
+    narrower = isinstance(k, Tensor) and q.dtype == torch.float32 and k.dtype in (torch.bfloat16, torch.float16)
+    dtype, to_match = (torch.int8, "k_scale and v_scale") if quantized else (k.dtype if narrower else q.dtype, "q")
     _check.like("attention", "k", k, dtype, q.device, to_match)
-    _check.like("attention", "v", v, dtype, q.device, to_match)
+    _check.like("attention", "v", v, dtype, q.device, "k" if narrower else to_match)
     if q.dim() != 4 or q.shape[1] == 0 or q.shape[3] == 0:
         raise shape_error("attention", "q", q.shape, "(B, H, T, D) with H and D of at least 1")
     B, H, _, D = q.shape
@@ -225,8 +226,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             grad_k[b, head] = (dz.transpose(-1, -2) @ query * ctx.scale)[0].sum(0)
     return (
         grad_q.to(q.dtype),
-        grad_k.to(q.dtype),
-        grad_v.to(q.dtype),
+        grad_k.to(k.dtype),
+        grad_v.to(v.dtype),
         None if grad_mask is None else grad_mask.view(mask.shape).to(mask.dtype),
         None,
         None if grad_sinks is None else grad_sinks.to(sinks.dtype),
@@ -280,7 +281,7 @@ def attention(
 
     Args:
         q: (B, H, T, D) fp32|bf16|fp16; the last dim has stride 1, the others any.
-        k: (B, Hk, S, D) of q's dtype, Hk dividing H: query head h reads head h // G.
+        k: (B, Hk, S, D) of q's dtype, or bf16|fp16 with fp32 q; Hk divides H: query head h reads head h // G.
         v: shape and dtype of k.
         causal: a query sees the keys up to its own position; where L - T + t < 0 it sees none.
         scale: multiplies q . k; None for D ** -0.5.
@@ -310,7 +311,7 @@ def attention(
     integers of an int8 cache enter the products exactly; the score takes k's scale in fp32, the weight v's before it is
     rounded as ever.
     Cost: bytes of q, k, v and o; 4 D flops for each pair of a query and a key that it sees. No T x S matrix is made, nor a
-    dequantised or gathered copy, except by the reference, which serves pages and int8 on the CPU.
+    dequantised or gathered copy, except by the reference, which serves pages on the CPU.
     Source: Vaswani et al. 2017; Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022 (blocks); reference.py has
     those of the variants and of pages.
     """

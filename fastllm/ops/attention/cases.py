@@ -34,6 +34,8 @@ def torch_attention(
 ) -> Tensor:
     """SDPA; for softcap and sinks, which it lacks, transformers' eager attention of Gemma 2 and GPT-OSS, op for op. Pages are
     gathered and int8 is dequantised to q's dtype beforehand."""
+    if k.dtype in (torch.bfloat16, torch.float16):
+        k, v = k.to(q.dtype), v.to(q.dtype)
     if block_table is not None or k_scale is not None:
         k, v = (reference.whole(x, scale, block_table, kv_lens).to(q.dtype) for x, scale in ((k, k_scale), (v, v_scale)))
         k, v = reference.valid(k, kv_lens), reference.valid(v, kv_lens)
@@ -140,6 +142,15 @@ def _interleaved(inputs: dict[str, Any], g: Generator) -> None:
     inputs["k"], inputs["v"] = (joint[:, :, i].transpose(1, 2) for i in range(2))
 
 
+def _kept_in(dtype: torch.dtype) -> Extra:
+    """A cache of fewer bits than the queries."""
+
+    def narrow(inputs: dict[str, Any], g: Generator) -> None:
+        inputs["k"], inputs["v"] = inputs["k"].to(dtype), inputs["v"].to(dtype)
+
+    return narrow
+
+
 def _int8(inputs: dict[str, Any], g: Generator) -> None:
     """As a cache keeps them: tokens of different sizes, so that a scale belongs to one token."""
     for name in "kv":
@@ -202,7 +213,7 @@ def _cases() -> list[Case]:
                     extra(inputs, g)
                 return inputs
 
-            size = (2 * B * H * T * D + 2 * B * Hk * S * D) * _dtype.itemsize
+            size = 2 * B * H * T * D * _dtype.itemsize + 2 * B * Hk * S * (D + 4 if extra is _int8 else D * _dtype.itemsize)
             flops = 4 * D * H * _visible_pairs(B, T, S, **options)
             cases.append(Case(name, _dtype, make, size, flops, bench, gpu))
 
@@ -217,6 +228,7 @@ def _cases() -> list[Case]:
             add("llama-3.1-8b prefill 8192", 1, 32, 8, 8192, 8192, 128, bench=True, gpu=True)
             add("llama-3.1-8b decode 16384", 8, 32, 8, 1, 16384, 128, bench=True, gpu=True)
             add("llama-3.1-8b decode 65536", 1, 32, 8, 1, 65536, 128, bench=True, gpu=True)
+        add("llama-3.2-1b decode 2048, int8", 1, 32, 8, 1, 2048, 64, extra=_int8, bench=True)
         add("causal T 131 S 131", 1, 4, 2, 131, 131, 64)
         add("causal T 37 S 200", 2, 6, 2, 37, 200, 32)
         add("causal T 50 S 20: the first see nothing", 1, 2, 2, 50, 20, 16)
@@ -273,11 +285,18 @@ def _cases() -> list[Case]:
         add("int8, additive mask, D 80", 2, 4, 2, 2, 66, 80, extra=_both(_int8, _mask(2, 4, 2, 66, boolean=False)))
         add("int8, small values", 1, 4, 2, 1, 130, 64, extra=_both(_smaller, _int8))
         add("int8, large scores", 2, 8, 2, 1, 200, 64, extra=_both(_scaled(30.0), _int8))
+        add("int8, odd D 13, T 3", 2, 4, 2, 3, 300, 13, extra=_int8)
+        add("int8 prefill, window 30", 2, 4, 2, 20, 90, 64, window=30, extra=_both(_int8, _lens(31, 90)))
         add("int8 prefill", 2, 4, 2, 20, 90, 64, extra=_int8)
         add("int8, pages of 16", 3, 4, 2, 1, 300, 64, extra=_paged(16, 17, 300, 144, int8=True))
         add("int8, pages of 64, bidirectional", 2, 4, 2, 2, 190, 128, causal=False, extra=_paged(64, 190, 64, int8=True))
         add("int8, pages of 20, multi-query", 4, 16, 1, 1, 150, 64, extra=_paged(20, 150, 99, 20, 57, int8=True))
         add("int8, pages of 16 prefill", 1, 4, 2, 40, 90, 64, extra=_paged(16, 77, int8=True))
+        if dtype == torch.float32:
+            add("bf16 keys", 2, 6, 2, 1, 300, 64, extra=_kept_in(torch.bfloat16))
+            add("fp16 keys, odd D 13", 2, 6, 2, 2, 300, 13, extra=_kept_in(torch.float16))
+            add("fp16 keys prefill", 1, 4, 2, 70, 90, 64, extra=_kept_in(torch.float16))
+            add("bf16 keys, pages of 16", 2, 6, 2, 1, 60, 64, extra=_both(_kept_in(torch.bfloat16), _paged(16, 60, 31)))
         add("no queries", 1, 4, 2, 0, 9, 64)
         add("no sequences", 0, 4, 2, 3, 9, 64)
     return cases

@@ -17,14 +17,24 @@ DECODE_ROWS = 16
 
 
 def refuse(
-    q: Tensor, k: Tensor, v: Tensor, mask: Any, kv_lens: Any, sinks: Any, block_table: Any, k_scale: Any, *_: object
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    kv_lens: Any,
+    sinks: Any,
+    block_table: Any,
+    k_scale: Any,
+    v_scale: Any,
+    *_: object,
 ) -> str | None:
     reason = _op.refuse_unless_cpu(q, k, v, mask, kv_lens, sinks)
     if reason is None:
         if block_table is not None:
             return "it reads keys and values that lie in one piece a head, not in pages"
-        if k_scale is not None:
-            return "it reads keys and values of q's dtype, not int8"
+        for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1:
+                return f"it reads scales whose last dim has stride 1; {name} has stride {x.stride(-1)}"
         for name, x in (("q", q), ("k", k), ("v", v)):
             if x.stride(-1) != 1 and x.shape[-1] != 1 and x.numel():
                 return f"it reads heads whose last dim has stride 1; {name} has stride {x.stride(-1)}"
@@ -39,8 +49,8 @@ def attention(
     kv_lens: Tensor | None,
     sinks: Tensor | None,
     block_table: None,
-    k_scale: None,
-    v_scale: None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     causal: bool,
     scale: float,
     window: int | None,
@@ -54,5 +64,5 @@ def attention(
     if sinks is not None:
         sinks = sinks.float().contiguous()  # H numbers
     kernel = _cpu.attention_decode if T * (H // k.shape[1]) <= DECODE_ROWS else _cpu.attention_prefill
-    kernel(q, k, v, mask, kv_lens, sinks, o, causal, scale, window or 0, softcap or 0.0, get_num_threads())
+    kernel(q, k, v, mask, kv_lens, sinks, k_scale, v_scale, o, causal, scale, window or 0, softcap or 0.0, get_num_threads())
     return o

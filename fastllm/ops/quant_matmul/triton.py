@@ -24,15 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...backends import forced_backend
-from ...quant.rounding import TINY
 from .. import _op
 from .._launch import GPU, LaunchTable, warps
 from .._triton import COMPILER, Build, device_of, power_of_two, rows
-from .._triton_kernels import quantized_base, quantized_column, row_start
+from .._triton_kernels import int8_round, int8_scale, quantized_base, quantized_column, row_start
 from .reference import activation_group
 
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: beside it an fp32 has no fraction left, so adding it rounds half to even
-SMALLEST = tl.constexpr(TINY)
 FEW = 16  # rows up to which a tile has 16 of them
 ROOMY = 160 << 10  # bytes of shared memory a block: NVIDIA's data centre GPUs have them; the others have 100 KiB, AMD's 64
 PROGRAMS = 256  # two a multiprocessor, on GPUs of about 130: below this K is split
@@ -222,14 +219,8 @@ def _quantize_fwd_kernel(
     size = tl.abs(x)
     # Asked of each element: a GPU's maximum drops NaN.
     finite = tl.min((size < float("inf")).to(tl.int32), 1) != 0
-    amax = tl.where(finite, tl.max(size, 1), 1.0)
-    usable = finite & (amax >= SMALLEST)
-    steps = tl.full([BLOCK_M], 127.0, tl.float32)
-    inverse = tl.div_rn(steps, tl.where(usable, amax, 1.0))
-    # fma rather than *: a compiler that fuses the product with the sum that rounds it would round once, not twice.
-    q = tl.fma(tl.where(usable[:, None], x, 0.0), inverse[:, None], tl.zeros([BLOCK_M, BLOCK_K], tl.float32))
-    q = (q + ROUND) - ROUND
-    scale = tl.where(usable, tl.div_rn(amax, steps), tl.where(finite, 0.0, float("nan")))
+    scale, inverse = int8_scale(tl.where(finite, tl.max(size, 1), 1.0), finite)
+    q = int8_round(x, inverse[:, None])
     row = m.to(tl.int64)
     tl.store(q_ptr + (row * STEPS * BLOCK_K)[:, None] + k[None, :], q.to(tl.int8), mask=(m < M)[:, None])
     tl.store(scale_ptr + step.to(tl.int64) * M + row, scale, mask=m < M)

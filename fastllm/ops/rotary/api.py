@@ -47,15 +47,26 @@ def _angles(op: str, cos: Any, sin: Any, q: Tensor, table: bool) -> None:
         raise _check.shape_error(op, "cos", cos.shape, "a last dim rotary_dim", because)
 
 
-def _cache(op: str, arg: str, cache: Any, k: Tensor) -> None:
-    _check.floating(op, arg, cache)
-    if k.dtype not in (cache.dtype, torch.float32):
+def _cache(op: str, arg: str, cache: Any, k: Tensor, quantized: bool) -> None:
+    if quantized:
+        _check.tensor(op, arg, cache)
+        if cache.dtype != torch.int8:
+            raise _check.dtype_error(op, arg, cache.dtype, "torch.int8", "because k_scale and v_scale are given")
+    else:
+        _check.floating(op, arg, cache)
+    if not quantized and k.dtype not in (cache.dtype, torch.float32):
         raise _check.dtype_error(op, arg, cache.dtype, str(k.dtype), "to match k")
     if cache.device != k.device:
         raise ValueError(f"{op}: {arg} is on {cache.device}, expected {k.device} to match k")
     B, Hk, _, D = k.shape
     if cache.dim() != 4 or (cache.shape[0], cache.shape[1], cache.shape[3]) != (B, Hk, D):
         raise _check.shape_error(op, arg, cache.shape, f"({B}, {Hk}, max_tokens, {D})", f"to match k {tuple(k.shape)}")
+
+
+def _scale(op: str, arg: str, scale: Any, cache: Tensor) -> None:
+    _check.like(op, arg, scale, torch.float32, cache.device, "an int8 cache")
+    if scale.shape != cache.shape[:3]:
+        raise _check.shape_error(op, arg, scale.shape, f"{tuple(cache.shape[:3])}", "one scale a token and head of the cache")
 
 
 def _indices(op: str, arg: str, index: Any, q: Tensor) -> None:
@@ -87,6 +98,8 @@ def _prepare_cache(
     positions: Tensor,
     *,
     slots: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[Any, ...]:
     op = "apply_rotary_cache"
@@ -96,14 +109,18 @@ def _prepare_cache(
     if v.shape != k.shape:
         raise _check.shape_error(op, "v", v.shape, f"{tuple(k.shape)}", "to match k")
     _angles(op, cos, sin, q, table=True)
-    _cache(op, "k_cache", k_cache, k)
+    quantized = k_scale is not None or v_scale is not None
+    _cache(op, "k_cache", k_cache, k, quantized)
     _check.like(op, "v_cache", v_cache, k_cache.dtype, k_cache.device, "k_cache")
     if v_cache.shape != k_cache.shape:
         raise _check.shape_error(op, "v_cache", v_cache.shape, f"{tuple(k_cache.shape)}", "to match k_cache")
+    if quantized:
+        _scale(op, "k_scale", k_scale, k_cache)
+        _scale(op, "v_scale", v_scale, v_cache)
     _indices(op, "positions", positions, q)
     if slots is not None:
         _indices(op, "slots", slots, q)
-    return q, k, v, cos, sin, k_cache, v_cache, positions, slots, bool(interleaved)
+    return q, k, v, cos, sin, k_cache, v_cache, positions, slots, k_scale, v_scale, bool(interleaved)
 
 
 # ---------------------------------------------------------------- fakes, the reference as a backend
@@ -142,9 +159,24 @@ def _reference_cache(
     v_cache: Tensor,
     positions: Tensor,
     slots: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     interleaved: bool,
 ) -> Tensor:
-    y = reference.apply_rotary_cache(q, k, v, cos, sin, k_cache, v_cache, positions, slots=slots, interleaved=interleaved)
+    y = reference.apply_rotary_cache(
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        k_cache,
+        v_cache,
+        positions,
+        slots=slots,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        interleaved=interleaved,
+    )
     return _laid_out_like(y, q)
 
 
@@ -198,7 +230,7 @@ _rotary = _op.Op(
 _rotary_cache = _op.Op(
     "apply_rotary_cache",
     "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, "
-    "Tensor? slots, bool interleaved) -> Tensor",
+    "Tensor? slots, Tensor(c!)? k_scale, Tensor(d!)? v_scale, bool interleaved) -> Tensor",
     fake=_fake_cache,
     backends=(
         Backend("cpu", native.apply_rotary_cache, native.refuse_cache),
@@ -249,6 +281,8 @@ def apply_rotary_cache(
     positions: Tensor,
     *,
     slots: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     interleaved: bool = False,
 ) -> Tensor:
     """Rotary position embedding of q and k, and the write of k and v into the key/value cache, in one pass.
@@ -262,10 +296,12 @@ def apply_rotary_cache(
         k, v: (B, Hk, T, D) of q's dtype.
         cos, sin: (max_positions, R) fp32 or of q's dtype: tables whose row p holds position p; or (B or 1, T, R): a row
             for each token, as in apply_rotary.
-        k_cache, v_cache: (B, Hk, max_tokens, D) of k's dtype, or bf16|fp16 with fp32 k; written to at the slots only.
+        k_cache, v_cache: (B, Hk, max_tokens, D) of k's dtype, or bf16|fp16 with fp32 k, or int8 with k_scale and v_scale;
+            written to at the slots only.
         positions: (T,), (1, T) or (B, T) int64: positions in tokens, the rows of the tables.
         slots: the same shapes, int64: the rows of the caches, where padding makes them differ from the positions.
             Default: positions. Two tokens of one sequence must not share a slot: which one stays is not defined.
+        k_scale, v_scale: (B, Hk, max_tokens) fp32, of int8 caches: a row's largest magnitude / 127, written at the same slots.
         interleaved: which lanes pair up, as in apply_rotary.
 
     Returns:
@@ -275,7 +311,22 @@ def apply_rotary_cache(
         TypeError: a dtype. ValueError: a shape, or a position or slot outside of its table or cache; nothing has been
         written then. NotImplementedError: an argument requires a gradient; apply_rotary has one.
 
-    Numerics: as apply_rotary; v's bits are copied where dtypes agree, else rounded once.
+    Numerics: as apply_rotary; v's bits are copied where dtypes agree, else rounded once. Into an int8 cache k goes from fp32,
+    ties to even (fastllm.quant.quantize_rows); a row that holds an infinity or a NaN gets the scale NaN.
     Cost: 2 (H + 2 Hk) T D elements moved for each sequence.
     """
-    return _rotary_cache(*_prepare_cache(q, k, v, cos, sin, k_cache, v_cache, positions, slots=slots, interleaved=interleaved))
+    args = _prepare_cache(
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        k_cache,
+        v_cache,
+        positions,
+        slots=slots,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        interleaved=interleaved,
+    )
+    return _rotary_cache(*args)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from ...quant import quantize_rows
 from .._case import Case, OpCases
 from . import reference
 from .api import apply_rotary, apply_rotary_cache
@@ -45,18 +46,25 @@ def torch_rotary_cache(
     positions: Tensor,
     *,
     slots: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     interleaved: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """transformers' apply_rotary_pos_emb, and its static cache's index_copy_ for each sequence."""
+) -> Tensor:
+    """transformers' apply_rotary_pos_emb, and its static cache's index_copy_ for each sequence; int8 as PyTorch rounds it."""
     positions = torch.atleast_2d(positions)
     slots = torch.atleast_2d(positions if slots is None else slots).expand(q.shape[0], -1)
     if cos.dim() == 2:
         cos, sin = cos[positions], sin[positions]
     q, k = torch_rotary(q, k, cos, sin, interleaved=interleaved)
-    for b in range(q.shape[0]):
-        k_cache[b].index_copy_(1, slots[b], k[b].to(k_cache.dtype))
-        v_cache[b].index_copy_(1, slots[b], v[b].to(v_cache.dtype))
-    return q, k_cache, v_cache
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        if scale is not None:
+            steps = x.float().abs().amax(-1) / 127
+            x = (x.float() / steps[..., None]).round()
+        for b in range(q.shape[0]):
+            cache[b].index_copy_(1, slots[b], x[b].to(cache.dtype))
+            if scale is not None:
+                scale[b].index_copy_(1, slots[b], steps[b])
+    return q
 
 
 # ---------------------------------------------------------------- inputs
@@ -135,8 +143,12 @@ def _inputs_cache(
             cos, sin = _angles(torch.arange(max_tokens), kwargs["cos"].shape[-1], kwargs["interleaved"])
             kwargs["cos"], kwargs["sin"] = cos.to(kwargs["cos"].dtype), sin.to(kwargs["cos"].dtype)
         kwargs["v"] = _heads(g, B, Hk, T, D, dtype, "model")
-        kwargs["k_cache"] = torch.randn(B, Hk, max_tokens, D, generator=g).to(cache or dtype)
-        kwargs["v_cache"] = torch.randn(B, Hk, max_tokens, D, generator=g).to(cache or dtype)
+        for name in "kv":
+            kept = torch.randn(B, Hk, max_tokens, D, generator=g)
+            if cache == torch.int8:
+                kwargs[f"{name}_cache"], kwargs[f"{name}_scale"] = quantize_rows(kept)
+            else:
+                kwargs[f"{name}_cache"] = kept.to(cache or dtype)
         kwargs["positions"] = positions
         return kwargs
 
@@ -203,6 +215,11 @@ def _cases_cache() -> list[Case]:
         add("interleaved partial 2x4x5x40", 2, 4, 2, 5, 40, max_tokens=9, R=24, interleaved=True)
         add("cos in q's dtype 2x4x5x32", 2, 4, 2, 5, 32, max_tokens=9, angles=dtype, layout="fused")
         add("no tokens 1x4x0x64", 1, 4, 2, 0, 64, max_tokens=9)
+        int8: dict[str, Any] = {"max_tokens": 16, "cache": torch.int8}
+        add("llama-3.2-1b decode, int8 cache", 1, 32, 8, 1, 64, max_tokens=1024, first=700, cache=torch.int8, bench=True)
+        add("int8 cache, padding 3x4x5x32", 3, 4, 2, 5, 32, first=3, padding=True, **int8)
+        add("int8 cache, partial, outliers 2x4x5x46", 2, 4, 3, 5, 46, R=30, layout="fused", scale=1000.0, **int8)
+        add("int8 cache, interleaved 2x4x5x40", 2, 4, 2, 5, 40, interleaved=True, table=False, **int8)
         if dtype == torch.float32:
             add("bf16 cache 2x4x5x46", 2, 4, 2, 5, 46, max_tokens=9, cache=torch.bfloat16, R=30)
             add("fp16 cache 2x4x5x46", 2, 4, 2, 5, 46, max_tokens=9, cache=torch.float16, R=30, interleaved=True)
@@ -252,11 +269,24 @@ def _one_cos_a_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: A
     return reference.apply_rotary(q, k, cos, sin, **options)
 
 
+def _values(cache: Tensor, scale: Tensor | None) -> Tensor:
+    return cache if scale is None else cache.to(scale.dtype) * scale[..., None]
+
+
+def _never_rounded(**inputs: Any) -> Any:
+    """The reference, its int8 caches holding the values themselves: they are what every rounding is to be near."""
+    for x in "kv":
+        inputs[f"{x}_cache"] = _values(inputs[f"{x}_cache"], inputs.pop(f"{x}_scale", None))
+    return _with_caches(reference.apply_rotary_cache)(**inputs)
+
+
 def _with_caches(op: Callable[..., Tensor]) -> Callable[..., Any]:
-    """An op that fills caches, returning them too, so that they are compared."""
+    """An op that fills caches, returning them too, so that they are compared: of int8 caches their values."""
 
     def call(**inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return op(**inputs), inputs["k_cache"], inputs["v_cache"]
+        q = op(**inputs)
+        k, v = (_values(inputs[f"{x}_cache"], inputs.get(f"{x}_scale")) for x in "kv")
+        return q, k, v
 
     return call
 
@@ -296,6 +326,24 @@ def _k_and_v_swapped(k_cache: Tensor, v_cache: Tensor, **inputs: Any) -> Any:
     return reference.apply_rotary_cache(k_cache=v_cache, v_cache=k_cache, **inputs)
 
 
+def _scales_kept(**inputs: Any) -> Any:
+    kept = {name: inputs[name].clone() for name in ("k_scale", "v_scale") if inputs.get(name) is not None}
+    return reference.apply_rotary_cache(**{**inputs, **kept})
+
+
+def _cut_off(**inputs: Any) -> Any:
+    if inputs.get("k_scale") is None:
+        return reference.apply_rotary_cache(**inputs)
+    wide = {f"{x}_cache": torch.zeros_like(inputs[f"{x}_cache"], dtype=inputs["k"].dtype) for x in "kv"}
+    q = reference.apply_rotary_cache(**{**inputs, **wide, "k_scale": None, "v_scale": None})
+    reference.apply_rotary_cache(**inputs)
+    for x in "kv":
+        written = wide[f"{x}_cache"] != 0
+        steps = wide[f"{x}_cache"].float() / inputs[f"{x}_scale"][..., None]
+        inputs[f"{x}_cache"][written] = steps.trunc().to(torch.int8)[written]
+    return q
+
+
 CASES = (
     OpCases(
         op="apply_rotary",
@@ -318,8 +366,8 @@ CASES = (
     OpCases(
         op="apply_rotary_cache",
         call=_with_caches(apply_rotary_cache),
-        reference=_with_caches(reference.apply_rotary_cache),
-        torch=torch_rotary_cache,
+        reference=_never_rounded,
+        torch=_with_caches(torch_rotary_cache),
         rival="transformers apply_rotary_pos_emb and StaticCache",
         cases=_cases_cache(),
         mutants={
@@ -330,6 +378,8 @@ CASES = (
             "k is cached before it turns": _with_caches(_k_cached_unturned),
             "v turns too": _with_caches(_v_turned),
             "k and v go to each other's cache": _with_caches(_k_and_v_swapped),
+            "an int8 cache's scales stay as they were": _with_caches(_scales_kept),
+            "int8 is cut off, not rounded": _with_caches(_cut_off),
         },
     ),
 )

@@ -11,6 +11,8 @@ from .. import _op
 
 _cpu: Any = cpu_module()
 
+MAX_INT8_D = 512  # kMaxInt8Row of csrc/cpu/rotary.h
+
 
 def empty_like(x: Tensor) -> Tensor:
     """(B, H, T, D), dense, in (B, T, H, D) memory order where x is: what a model's projection gives, and wants back."""
@@ -47,9 +49,13 @@ def refuse_cache(
     v_cache: Tensor,
     positions: Tensor,
     slots: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     *_: object,
 ) -> str | None:
-    return _op.refuse_unless_cpu(q, k, v, cos, sin, k_cache, v_cache, positions, slots) or _refuse_lanes(
+    if k_scale is not None and q.shape[-1] > MAX_INT8_D:
+        return f"it writes heads of up to {MAX_INT8_D} to an int8 cache, not {q.shape[-1]}"
+    return _op.refuse_unless_cpu(q, k, v, cos, sin, k_cache, v_cache, positions, slots, k_scale, v_scale) or _refuse_lanes(
         q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache
     )
 
@@ -64,9 +70,12 @@ def apply_rotary_cache(
     v_cache: Tensor,
     positions: Tensor,
     slots: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     interleaved: bool,
 ) -> Tensor:
     q_out = empty_like(q)
-    _cpu.apply_rotary_cache(q, k, v, cos, sin, q_out, k_cache, v_cache, positions, slots, interleaved, get_num_threads())
-    _op.note_write(k_cache, v_cache)
+    caches = q_out, k_cache, v_cache, positions, slots, k_scale, v_scale
+    _cpu.apply_rotary_cache(q, k, v, cos, sin, *caches, interleaved, get_num_threads())
+    _op.note_write(k_cache, v_cache, *(() if k_scale is None or v_scale is None else (k_scale, v_scale)))
     return q_out

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...quant import quantize_rows
+
 
 def rotate(x: Tensor, interleaved: bool) -> Tensor:
     """Each pair (a, b) of lanes becomes (-b, a)."""
@@ -37,6 +39,8 @@ def apply_rotary_cache(
     positions: Tensor,
     *,
     slots: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     interleaved: bool = False,
 ) -> Tensor:
     positions = torch.atleast_2d(positions)  # (B or 1, T)
@@ -49,8 +53,12 @@ def apply_rotary_cache(
     q, k = apply_rotary(q, k, cos, sin, interleaved=interleaved)
     batch = torch.arange(k.shape[0], device=k.device).unsqueeze(1)
     # Indices around a slice put the indexed dims first: (B, T, Hk, D).
-    k_cache[batch, :, slots] = k.transpose(1, 2).to(k_cache.dtype)
-    v_cache[batch, :, slots] = v.transpose(1, 2).to(v_cache.dtype)
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        x = x.transpose(1, 2)
+        if scale is not None:
+            x, steps = quantize_rows(x.float() if x.dtype == torch.float64 else x)
+            scale[batch, :, slots] = steps.to(scale.dtype)
+        cache[batch, :, slots] = x.to(cache.dtype)
     return q
 
 

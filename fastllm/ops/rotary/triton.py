@@ -16,24 +16,52 @@ from torch import Tensor
 from .. import _op
 from .._launch import GPU, LaunchTable, warps
 from .._triton import COMPILER, Build, device_of, power_of_two
+from .._triton_kernels import int8_round, int8_scale
 
 BLOCK_H = 8
 
 
 @triton.jit
-def _copy_lanes(x_ptr, x_at, y_ptr, y_at, heads, first, D, BLOCK: tl.constexpr):
+def _lanes(x_ptr, x_at, heads, first, D, BLOCK: tl.constexpr):
     lane = first + tl.arange(0, BLOCK)
-    mask = heads & (lane < D)[None, :]
-    x = tl.load(x_ptr + x_at + lane[None, :], mask=mask, other=0.0)
-    tl.store(y_ptr + y_at + lane[None, :], x.to(y_ptr.dtype.element_ty), mask=mask)
+    return tl.load(x_ptr + x_at + lane[None, :], mask=heads & (lane < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_lanes(y_ptr, y_at, heads, first, D, y, BLOCK: tl.constexpr):
+    lane = first + tl.arange(0, BLOCK)
+    tl.store(y_ptr + y_at + lane[None, :], y.to(y_ptr.dtype.element_ty), mask=heads & (lane < D)[None, :])
+
+
+@triton.jit
+def _largest(x):
+    """Of each row: its largest magnitude, and whether all of it is finite."""
+    size = tl.abs(x)
+    return tl.max(size, 1), tl.min((size < float("inf")).to(tl.int32), 1)
+
+
+@triton.jit
+def _copy(
+    x_ptr, x_at, y_ptr, y_at, scale_at, heads, D, BLOCK: tl.constexpr, QUANTIZED: tl.constexpr
+):  # fmt: skip
+    """A head's lanes as they are, or as int8 with a scale at scale_at (heads, 1)."""
+    x = _lanes(x_ptr, x_at, heads, 0, D, BLOCK)
+    if QUANTIZED:
+        x = x.to(tl.float32)
+        largest, finite = _largest(x)
+        scale, inverse = int8_scale(tl.where(finite != 0, largest, 1.0), finite != 0)
+        tl.store(scale_at, scale[:, None], mask=heads)
+        x = int8_round(x, inverse[:, None])
+    _store_lanes(y_ptr, y_at, heads, 0, D, x, BLOCK)
 
 
 @triton.jit
 def _turn(
-    x_ptr, x_at, y_ptr, y_at, heads, cos_ptr, sin_ptr, known_pairs, D, R,
-    BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr,
+    x_ptr, x_at, y_ptr, y_at, scale_at, heads, cos_ptr, sin_ptr, known_pairs, D, R,
+    BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
-    """(a, b) -> (a cos - b sin, b cos + a sin) for the heads' first R lanes; the others are copied."""
+    """(a, b) -> (a cos - b sin, b cos + a sin) for the heads' first R lanes; the others are copied. QUANTIZED: as int8, with a
+    scale at scale_at (heads, 1)."""
     pair = tl.arange(0, BLOCK_PAIRS)
     turning = pair < R // 2
     lane_a = 2 * pair if INTERLEAVED else pair
@@ -48,23 +76,45 @@ def _turn(
     a = tl.load(x_ptr + x_at + lane_a[None, :], mask=mask, other=0.0).to(tl.float32)
     b = tl.load(x_ptr + x_at + lane_b[None, :], mask=mask, other=0.0).to(tl.float32)
     dtype = y_ptr.dtype.element_ty
-    tl.store(y_ptr + y_at + lane_a[None, :], (a * cos_a - b * sin_a).to(dtype), mask=mask)
-    tl.store(y_ptr + y_at + lane_b[None, :], (b * cos_b + a * sin_b).to(dtype), mask=mask)
-    if BLOCK_REST > 0:
-        _copy_lanes(x_ptr, x_at, y_ptr, y_at, heads, R, D, BLOCK_REST)
+    turned_a = a * cos_a - b * sin_a
+    turned_b = b * cos_b + a * sin_b
+    if QUANTIZED:
+        # Lanes that are not there are 0 times a NaN of the tables.
+        turned_a = tl.where(turning[None, :], turned_a, 0.0)
+        turned_b = tl.where(turning[None, :], turned_b, 0.0)
+        largest, finite = _largest(turned_a)
+        largest_b, finite_b = _largest(turned_b)
+        largest = tl.maximum(largest, largest_b)
+        finite = finite & finite_b
+        if BLOCK_REST > 0:
+            rest = _lanes(x_ptr, x_at, heads, R, D, BLOCK_REST).to(tl.float32)
+            largest_rest, finite_rest = _largest(rest)
+            largest = tl.maximum(largest, largest_rest)
+            finite = finite & finite_rest
+        scale, inverse = int8_scale(tl.where(finite != 0, largest, 1.0), finite != 0)
+        tl.store(scale_at, scale[:, None], mask=heads)
+        turned_a = int8_round(turned_a, inverse[:, None])
+        turned_b = int8_round(turned_b, inverse[:, None])
+        if BLOCK_REST > 0:
+            _store_lanes(y_ptr, y_at, heads, R, D, int8_round(rest, inverse[:, None]), BLOCK_REST)
+    elif BLOCK_REST > 0:
+        _store_lanes(y_ptr, y_at, heads, R, D, _lanes(x_ptr, x_at, heads, R, D, BLOCK_REST), BLOCK_REST)
+    tl.store(y_ptr + y_at + lane_a[None, :], turned_a.to(dtype), mask=mask)
+    tl.store(y_ptr + y_at + lane_b[None, :], turned_b.to(dtype), mask=mask)
 
 
 @triton.jit
 def _rotary_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, position_ptr, slot_ptr,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, k_scale_ptr, v_scale_ptr, position_ptr, slot_ptr,
     T, H, Hk, D, R, positions, slots,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st,
     qo_sb, qo_sh, qo_st, ko_sb, ko_sh, ko_st, vo_sb, vo_sh, vo_st,
-    cos_sb, cos_sp, sin_sb, sin_sp, position_sb, position_st, slot_sb, slot_st,
+    ks_sb, ks_sh, ks_st, vs_sb, vs_sh, vs_st, cos_sb, cos_sp, sin_sb, sin_sp, position_sb, position_st, slot_sb, slot_st,
     BLOCK_H: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr,
-    TABLE: tl.constexpr, CACHE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    TABLE: tl.constexpr, CACHE: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
-    """TABLE: cos and sin have a row for each position, else for each token. CACHE: k and v go to slots of the caches."""
+    """TABLE: cos and sin have a row for each position, else for each token. CACHE: k and v go to slots of the caches, which are
+    int8 if QUANTIZED."""
     b = (tl.program_id(0) // T).to(tl.int64)
     t = (tl.program_id(0) % T).to(tl.int64)
     block = tl.program_id(1)
@@ -85,22 +135,28 @@ def _rotary_fwd_kernel(
         h += block * BLOCK_H
         head = h.to(tl.int64)[:, None]
         _turn(
-            q_ptr, b * q_sb + head * q_sh + t * q_st, q_out_ptr, b * qo_sb + head * qo_sh + t * qo_st, (h < H)[:, None],
-            cos, sin, known_pairs, D, R, BLOCK_PAIRS, BLOCK_REST, INTERLEAVED,
+            q_ptr, b * q_sb + head * q_sh + t * q_st, q_out_ptr, b * qo_sb + head * qo_sh + t * qo_st, 0, (h < H)[:, None],
+            cos, sin, known_pairs, D, R, BLOCK_PAIRS, BLOCK_REST, INTERLEAVED, False,
         )  # fmt: skip
     elif block < q_blocks + k_blocks:
         h += (block - q_blocks) * BLOCK_H
         head = h.to(tl.int64)[:, None]
+        scale_at = 0
+        if QUANTIZED:
+            scale_at = k_scale_ptr + b * ks_sb + head * ks_sh + slot * ks_st
         _turn(
-            k_ptr, b * k_sb + head * k_sh + t * k_st, k_out_ptr, b * ko_sb + head * ko_sh + slot * ko_st,
-            (h < writable)[:, None], cos, sin, known_pairs, D, R, BLOCK_PAIRS, BLOCK_REST, INTERLEAVED,
+            k_ptr, b * k_sb + head * k_sh + t * k_st, k_out_ptr, b * ko_sb + head * ko_sh + slot * ko_st, scale_at,
+            (h < writable)[:, None], cos, sin, known_pairs, D, R, BLOCK_PAIRS, BLOCK_REST, INTERLEAVED, QUANTIZED,
         )  # fmt: skip
     elif CACHE:
         h += (block - q_blocks - k_blocks) * BLOCK_H
         head = h.to(tl.int64)[:, None]
-        _copy_lanes(
-            v_ptr, b * v_sb + head * v_sh + t * v_st, v_out_ptr, b * vo_sb + head * vo_sh + slot * vo_st,
-            (h < writable)[:, None], 0, D, BLOCK_D,
+        scale_at = 0
+        if QUANTIZED:
+            scale_at = v_scale_ptr + b * vs_sb + head * vs_sh + slot * vs_st
+        _copy(
+            v_ptr, b * v_sb + head * v_sh + t * v_st, v_out_ptr, b * vo_sb + head * vo_sh + slot * vo_st, scale_at,
+            (h < writable)[:, None], D, BLOCK_D, QUANTIZED,
         )  # fmt: skip
 
 
@@ -165,6 +221,8 @@ def _run(
     v_out: Tensor | None,
     positions: Tensor | None,
     slots: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     interleaved: bool,
 ) -> None:
     B, H, T, D = q.shape
@@ -177,19 +235,20 @@ def _run(
     other, other_out = (k, k_out) if v is None or v_out is None else (v, v_out)
     with device_of(q):
         _rotary_fwd_kernel[(B * T, blocks)](
-            q, k, v, cos, sin, q_out, k_out, v_out, positions, slots,
+            q, k, v, cos, sin, q_out, k_out, v_out, k_scale, v_scale, positions, slots,
             T, H, Hk, D, R, cos.shape[-2], k_out.shape[2],
             *q.stride()[:3], *k.stride()[:3], *other.stride()[:3],
             *q_out.stride()[:3], *k_out.stride()[:3], *other_out.stride()[:3],
+            *((0, 0, 0) if k_scale is None else k_scale.stride()), *((0, 0, 0) if v_scale is None else v_scale.stride()),
             *_strides(cos, B), *_strides(sin, B),
             *((0, 0) if positions is None else _strides(positions, B)), *((0, 0) if slots is None else _strides(slots, B)),
-            TABLE=table, CACHE=cache, INTERLEAVED=interleaved, **launch, **COMPILER,
+            TABLE=table, CACHE=cache, INTERLEAVED=interleaved, QUANTIZED=k_scale is not None, **launch, **COMPILER,
         )  # fmt: skip
 
 
 def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     q_out, k_out = _empty_like(q), _empty_like(k)
-    _run(q, k, None, cos, sin, q_out, k_out, None, None, None, interleaved)
+    _run(q, k, None, cos, sin, q_out, k_out, None, None, None, None, None, interleaved)
     return q_out, k_out
 
 
@@ -203,13 +262,15 @@ def apply_rotary_cache(
     v_cache: Tensor,
     positions: Tensor,
     slots: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     interleaved: bool,
 ) -> Tensor:
     """Positions and slots are read on the device: one outside of its table turns q into NaN and writes nothing to the cache."""
     q_out = _empty_like(q)
     slots = positions if slots is None else slots
-    _run(q, k, v, cos, sin, q_out, k_cache, v_cache, positions, slots, interleaved)
-    _op.note_write(k_cache, v_cache)
+    _run(q, k, v, cos, sin, q_out, k_cache, v_cache, positions, slots, k_scale, v_scale, interleaved)
+    _op.note_write(k_cache, v_cache, *(() if k_scale is None or v_scale is None else (k_scale, v_scale)))
     return q_out
 
 
@@ -218,23 +279,28 @@ def builds(gpu: GPU) -> Iterator[Build]:
     names += [f"{t}_{s}" for t in ("cos", "sin") for s in ("sb", "sp")] + [
         f"{t}_{s}" for t in ("position", "slot") for s in ("sb", "st")
     ]
+    scale_names = [f"{t}_{s}" for t in ("ks", "vs") for s in ("sb", "sh", "st")]
     integers = dict.fromkeys(["T", "H", "Hk", "D", "R", "positions", "slots", *names], "i32")
+    pointers = ("q_ptr", "k_ptr", "v_ptr", "q_out_ptr", "k_out_ptr", "v_out_ptr", "position_ptr", "slot_ptr")
     for dtype in ("bf16", "fp32"):
         for D, R in ((64, 64), (128, 128), (256, 64)):
-            for cache in (False, True):
-                pointers = dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr"), f"*{dtype}")
-                pointers |= dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32")
-                extra = dict.fromkeys(("v_ptr", "v_out_ptr"), f"*{dtype}") | dict.fromkeys(("position_ptr", "slot_ptr"), "*i64")
-                yield Build(
-                    _rotary_fwd_kernel,
-                    f"D={D} R={R} {dtype}" + (" cache" if cache else ""),
-                    {**pointers, **(extra if cache else {}), **integers},
-                    {
-                        **({} if cache else dict.fromkeys(extra)),
-                        "TABLE": cache,
-                        "CACHE": cache,
-                        "INTERLEAVED": False,
-                    },
-                    _shipped(gpu, D, R),
-                    aligned=("D", "R", *names),
-                )
+            for into in ("", "cache", "int8 cache"):
+                cache, quantized = into != "", into == "int8 cache"
+                signature = {
+                    **dict.fromkeys(pointers, f"*{dtype}"),
+                    **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32"),
+                    **integers,
+                }
+                constants: dict[str, Any] = {"TABLE": cache, "CACHE": cache, "INTERLEAVED": False, "QUANTIZED": quantized}
+                if cache:
+                    signature |= dict.fromkeys(("position_ptr", "slot_ptr"), "*i64")
+                else:
+                    for name in ("v_ptr", "v_out_ptr", "position_ptr", "slot_ptr"):
+                        del signature[name]
+                if quantized:
+                    signature |= dict.fromkeys(("k_out_ptr", "v_out_ptr"), "*i8") | dict.fromkeys(scale_names, "i32")
+                    signature |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "*fp32")
+                else:
+                    constants |= dict.fromkeys(scale_names, 0)
+                name = f"D={D} R={R} {dtype}" + (f" {into}" if into else "")
+                yield Build(_rotary_fwd_kernel, name, signature, constants, _shipped(gpu, D, R), aligned=("D", "R", *names))
