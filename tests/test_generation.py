@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import zlib
 
 import pytest
 import torch
 
 from fastllm.generation.loop import PREFILL_CHUNK, generate_ids
-from fastllm.generation.sampling import Sampling
+from fastllm.generation.sampling import Sampling, draw_index
 
 VOCAB = 32
 
@@ -151,3 +152,66 @@ def test_draws_follow_the_distribution_and_the_seed():
     again = sampling.generator()
     generator = sampling.generator()
     assert [sampling.draw(LOGITS, [], again) for _ in range(20)] == [sampling.draw(LOGITS, [], generator) for _ in range(20)]
+
+
+def sorted_definition(logits, temperature, top_k=None, top_p=None, min_p=None):
+    """Which tokens the filters keep, and their probabilities in fp64, by sorting: stable, so that the lowest ids of equals come first."""
+    p = (logits / temperature).softmax(-1)
+    kept = torch.ones(len(p), dtype=torch.bool)
+    order = p.sort(descending=True, stable=True).indices
+    if top_k is not None and top_k < len(p):
+        kept = logits >= logits[order[top_k - 1]]
+        p = (logits / temperature).masked_fill(~kept, -math.inf).softmax(-1)
+    if top_p is not None and top_p < 1:
+        order = p.sort(descending=True, stable=True).indices
+        before = p[order].double().cumsum(-1) - p[order].double()
+        kept[order[before >= top_p]] = False
+    p = p.masked_fill(~kept, 0.0)
+    p /= p.sum()
+    if min_p:
+        kept &= p >= min_p * p.max()
+        p = p.masked_fill(~kept, 0.0)
+    return kept, p.double() / p.double().sum()
+
+
+@pytest.mark.parametrize("kind", ["normal", "flat", "peaked", "ties", "all equal", "bf16", "infinite"])
+def test_filters_without_sorting_keep_what_the_sorted_definition_keeps(kind):
+    random = torch.Generator().manual_seed(zlib.crc32(kind.encode()))
+
+    def one(low, high):
+        return low + (high - low) * float(torch.rand((), generator=random))
+
+    for _ in range(60):
+        V = int(one(1, 400)) if one(0, 1) < 0.8 else 5000
+        logits = torch.randn(V, generator=random) * {"flat": 0.01, "peaked": 20.0}.get(kind, 2.0)
+        if kind == "ties":
+            logits = logits.round()
+        elif kind == "all equal":
+            logits = torch.zeros(V)
+        elif kind == "bf16":
+            logits = logits.bfloat16().float()
+        elif kind == "infinite":
+            logits[torch.rand(V, generator=random) < 0.3] = -math.inf
+            logits[0] = 0.0
+        options = {"temperature": one(0.3, 2.0)}
+        options |= {"top_k": int(one(1, 60))} if one(0, 1) < 0.5 else {}
+        options |= {"top_p": one(0.01, 1.0)} if one(0, 1) < 0.7 else {}
+        options |= {"min_p": one(0.0, 0.3)} if one(0, 1) < 0.3 else {}
+        kept, p = sorted_definition(logits, **options)
+        found = Sampling(**options).probabilities(logits)
+        assert torch.equal(found > 0, kept & (p > 0)), options
+        assert torch.allclose(found.double(), p, rtol=1e-5, atol=1e-12), options
+
+
+def test_top_p_takes_the_lowest_ids_of_equal_tokens():
+    # A fourth each, exact in binary: two of them reach a half, and a hair more takes the third.
+    equal = torch.zeros(4)
+    for top_p, expected in ((0.5, [0, 1]), (0.5 + 1e-9, [0, 1, 2]), (0.1, [0])):
+        p = Sampling(temperature=1.0, top_p=top_p).probabilities(equal)
+        assert (p > 0).nonzero()[:, 0].tolist() == expected
+
+
+def test_a_drawn_index_never_has_weight_zero():
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.tensor([0.0, 1e-3, 0.0, 2e-3, 0.0])
+    assert {draw_index(weights, generator) for _ in range(200)} == {1, 3}
