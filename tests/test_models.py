@@ -298,6 +298,69 @@ def test_a_replayed_step_gives_the_bits_of_a_computed_one(name, activations, tmp
     assert computed._replay is None
 
 
+def all_quantised(folder, activations, bits=4):
+    """A model whose every matrix is quantised, so that no product is PyTorch's."""
+    from fastllm.quant import quantize
+
+    llama = fastllm.load(folder, weights=f"int{bits}", group_size=32, activations=activations).llama
+    w = llama.weights
+    llama.weights = replace(w, embedding=quantize(w.embedding, 8, 32).pack(), head=quantize(w.head, 8, 32).pack())
+    return llama
+
+
+def rows_of(llama, cache, part):
+    """A cache of some of another's sequences."""
+    copy = llama.new_cache(len(cache.lengths[part]), cache.capacity)
+    for to, source in zip(copy.keys + copy.values, cache.keys + cache.values):
+        to.copy_(source[part])
+    copy.lengths.copy_(cache.lengths[part])
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "activations", "bits"),
+    [
+        ("llama", "float", 4),
+        ("llama multi-query, wide head", "int8", 8),
+        ("mistral with a window", "int8", 4),
+        ("qwen3", "int8", 4),
+    ],
+)
+def test_a_step_of_several_tokens_gives_the_bits_of_steps_of_one(name, activations, bits, tmp_path):
+    """What speculative decoding's equality stands on: alone or in a batch, on every rung, across a split of the keys (256)."""
+    from fastllm.backends import isa_names, use_isa
+    from fastllm.generation.decode import DecodeStep
+    from fastllm.generation.loop import prefill
+
+    save(ARCHITECTURES[name], tmp_path)
+    llama = all_quantised(tmp_path, activations, bits)
+    llama.rope = replace(llama.rope, cos=llama.rope.cos.repeat(2, 1), sin=llama.rope.sin.repeat(2, 1))  # room for 512
+    lengths = [250, 11]
+    prompts = [ids_of(1, n, seed=n)[0].tolist() for n in lengths]
+    following = ids_of(2, 16, seed=5)
+    for isa in [i for i in isa_names() if i != "scalar"]:
+        with use_isa(isa):
+            filled = llama.new_cache(2, 280)
+            with torch.inference_mode():
+                prefill(llama, prompts, filled)
+            cache = rows_of(llama, filled, slice(None))
+            step, alone = DecodeStep(llama, cache), []
+            for t in range(16):
+                alone.append(step(following[:, t].tolist()).clone())
+                cache.lengths += 1
+            expected = torch.stack(alone, 1)  # (B, 16, V)
+            for b in (None, 0, 1):  # both, or one by itself
+                part = slice(None) if b is None else slice(b, b + 1)
+                for tokens in (3, 4, 8):
+                    cache = rows_of(llama, filled, part)
+                    several = DecodeStep(llama, cache, tokens)
+                    for t in range(0, 16 - tokens + 1, tokens):  # the first is recorded, the others may be replayed
+                        logits = several(following[part, t : t + tokens].flatten().tolist())
+                        assert torch.equal(logits, expected[part, t : t + tokens].flatten(0, 1))
+                        cache.lengths += tokens
+                    assert (several._replay is not None) == (b is not None or llama.query_runs(tokens) == 1)
+
+
 def test_a_step_that_pytorch_helps_with_is_not_replayed(tmp_path):
     from fastllm.generation.decode import DecodeStep
 

@@ -18,7 +18,8 @@ class Places:
 
     Args:
         positions: (B, T) int64, the position and the cache slot of each token.
-        kv_lens: (B,) int64, tokens of each sequence once these have joined; None if they are all ``keys``.
+        kv_lens: (B,) int64, tokens of each sequence once these have joined; None if they are all ``keys``. Or (B, R): attention takes
+            the T tokens in R runs of T / R queries each, and this is how many tokens there are at the end of each run.
         keys: how many slots attention has to look at.
     """
 
