@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import zlib
+from copy import copy
 
 import pytest
 import torch
 
-from fastllm.generation.loop import PREFILL_CHUNK, generate_ids
+from fastllm.generation.loop import generate_ids
+from fastllm.generation.prefill import PREFILL_CHUNK
 from fastllm.generation.sampling import Sampling, draw_index
 
 VOCAB = 32
@@ -22,6 +24,11 @@ class Counting:
             self.lengths = torch.zeros(batch, dtype=torch.int64)
             self.capacity = capacity
             self.seen = [[None] * capacity for _ in range(batch)]
+
+        def row(self, b):
+            one = copy(self)
+            one.lengths, one.seen = self.lengths[b : b + 1], self.seen[b : b + 1]
+            return one
 
     device = torch.device("cpu")
     kernel_calls = 3  # none of which it makes: its steps are not recordable
@@ -55,27 +62,27 @@ def run(prompts, context=1000, stop_ids=(), max_new_tokens=5, sampling=None):
 
 def test_greedy_counts_on_for_each_sequence_of_a_ragged_batch():
     steps, model = run([[1, 2, 3], [9]])
-    assert steps == [[4, 10], [5, 11], [6, 12], [7, 13], [8, 14]]
+    assert steps == [[[4], [10]], [[5], [11]], [[6], [12]], [[7], [13]], [[8], [14]]]
     assert model.cache.seen[1][:5] == [9, 10, 11, 12, 13]
     assert model.cache.seen[0][:7] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_stop_token_ends_its_sequence_only():
     steps, _ = run([[1], [9]], stop_ids=[3])
-    assert steps == [[2, 10], [None, 11], [None, 12], [None, 13], [None, 14]]
+    assert steps == [[[2], [10]], [[], [11]], [[], [12]], [[], [13]], [[], [14]]]
 
 
 def test_the_context_ends_a_sequence():
     steps, _ = run([[1, 2, 3], [9]], context=5, max_new_tokens=50)
-    assert [s[0] for s in steps] == [4, 5, None, None]
-    assert [s[1] for s in steps] == [10, 11, 12, 13]
+    assert [s[0] for s in steps] == [[4], [5], [], []]
+    assert [s[1] for s in steps] == [[10], [11], [12], [13]]
 
 
 @pytest.mark.parametrize("length", [PREFILL_CHUNK - 1, PREFILL_CHUNK, PREFILL_CHUNK + 1, 2 * PREFILL_CHUNK + 3])
 def test_prefill_in_chunks_sees_every_token_once_and_in_order(length):
     prompt = [i % VOCAB for i in range(length)]
     steps, model = run([prompt, prompt[:7]], context=5000, max_new_tokens=1)
-    assert steps == [[(prompt[-1] + 1) % VOCAB, 7]]
+    assert steps == [[[(prompt[-1] + 1) % VOCAB], [7]]]
     assert model.cache.seen[0][:length] == prompt
 
 

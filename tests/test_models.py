@@ -143,7 +143,7 @@ def test_greedy_generation_equals_transformers(name, tmp_path):
     from fastllm.generation.sampling import Sampling
 
     steps = list(generate_ids(ours.llama, ragged, Sampling(), max_new_tokens=20, context=ours.context))
-    assert [[step[b] for step in steps] for b in range(3)] == expected
+    assert [[token for step in steps for token in step[b]] for b in range(3)] == expected
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
@@ -275,7 +275,7 @@ def test_real_model_speaks(real):
 @pytest.mark.parametrize("activations", ["float", "int8"])
 def test_a_replayed_step_gives_the_bits_of_a_computed_one(name, activations, tmp_path):
     from fastllm.generation.decode import DecodeStep
-    from fastllm.generation.loop import prefill
+    from fastllm.generation.prefill import prefill
     from fastllm.quant import quantize
 
     save(ARCHITECTURES[name], tmp_path)
@@ -330,7 +330,7 @@ def test_a_step_of_several_tokens_gives_the_bits_of_steps_of_one(name, activatio
     """What speculative decoding's equality stands on: alone or in a batch, on every rung, across a split of the keys (256)."""
     from fastllm.backends import isa_names, use_isa
     from fastllm.generation.decode import DecodeStep
-    from fastllm.generation.loop import prefill
+    from fastllm.generation.prefill import prefill
 
     save(ARCHITECTURES[name], tmp_path)
     llama = all_quantised(tmp_path, activations, bits)
@@ -396,7 +396,7 @@ class Graph:
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_step_on_a_gpu_is_captured_once_and_replayed(tmp_path, monkeypatch, fails):
     from fastllm.generation.decode import DecodeStep
-    from fastllm.generation.loop import prefill
+    from fastllm.generation.prefill import prefill
 
     save(ARCHITECTURES["llama"], tmp_path)
     llama = fastllm.load(tmp_path).llama

@@ -60,7 +60,7 @@ class DecodeStep:
         self._record = {"cpu": self._record_calls, "cuda": self._warm_up}.get(model.device.type, self._compute)
 
     @torch.inference_mode()
-    def __call__(self, ids: Sequence[int]) -> Tensor:
+    def __call__(self, ids: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         assert self._places.kv_lens is not None
         self._ids.copy_(torch.tensor(ids).view(self._ids.shape))
         self._places.positions.copy_(self._cache.lengths[:, None] + torch.arange(self._ids.shape[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,13 @@ class KVCache:
     @property
     def batch(self) -> int:
         return len(self.lengths)
+
+    def row(self, b: int) -> KVCache:
+        """Sequence b by itself: a view, whose lengths (1,) are this cache's too."""
+        one = copy(self)
+        one.keys, one.values = ([t[b : b + 1] for t in layers] for layers in (self.keys, self.values))
+        one.lengths = self.lengths[b : b + 1]
+        return one
 
     def places(self, tokens: int) -> Places:
         """Where ``tokens`` more tokens of each sequence stand."""
