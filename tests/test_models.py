@@ -268,6 +268,20 @@ def test_real_model_speaks(real):
     assert chat
 
 
+def test_real_model_guesses_and_batches_change_nothing(real):
+    from fastllm.generation.speculative import GenerationReport
+
+    line = "The Amazon is the largest river in South America. It flows through Peru, Colombia and Brazil."
+    questions = [f"Repeat this text word for word:\n\n{line}", "Why is the sky blue?"]
+    chats = [[{"role": "user", "content": q}] for q in questions]
+    alone = [real.generate(chat, max_new_tokens=24) for chat in chats]
+    assert real.generate(chats, max_new_tokens=24) == alone
+    report = GenerationReport()
+    assert real.generate(chats[0], max_new_tokens=24, speculate="lookup", report=report) == alone[0]
+    assert report.tokens_per_pass > 1.5
+    assert "".join(real.stream(chats[0], max_new_tokens=24, speculate="lookup")) == alone[0]
+
+
 # ---------------------------------------------------------------- the recorded decode step
 
 
@@ -359,6 +373,34 @@ def test_a_step_of_several_tokens_gives_the_bits_of_steps_of_one(name, activatio
                         assert torch.equal(logits, expected[part, t : t + tokens].flatten(0, 1))
                         cache.lengths += tokens
                     assert (several._replay is not None) == (b is not None or llama.query_runs(tokens) == 1)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral with a window"])
+def test_a_batch_and_guesses_give_each_prompt_what_it_gets_alone(name, tmp_path):
+    """To the token, where all matrices are quantised: prompts on both sides of a prefill chunk and of the decode kernel's rows."""
+    from fastllm.generation.speculative import GenerationReport
+
+    save(ARCHITECTURES[name], tmp_path)
+    ours, draft, other = (fastllm.load(tmp_path) for _ in range(3))
+    ours.llama, draft.llama = all_quantised(tmp_path, "int8"), all_quantised(tmp_path, "int8", bits=8)
+    prompts = [ids_of(1, n, seed=n)[0] for n in (1, 4, 40, 129)]
+    alone = [ours.generate(p, max_new_tokens=20) for p in prompts]
+    assert ours.generate(prompts, max_new_tokens=20) == alone
+    for speculate in ("lookup", draft, ours):
+        report = GenerationReport()
+        options = {"max_new_tokens": 20, "speculate": speculate, "report": report}
+        assert ours.generate(prompts, **options) == alone
+        assert ours.generate(prompts[3], **options) == alone[3]
+        assert report.tokens == sum(map(len, [*alone, alone[3]]))
+        assert report.drafted
+    assert report.accepted == report.drafted  # its own guesses
+    other.llama.config = replace(other.config, vocab_size=400)
+    with pytest.raises(ValueError, match="speculate has a vocabulary of 400 tokens, expected 320"):
+        ours.generate(prompts[0], speculate=other)
+    with pytest.raises(ValueError, match="speculate is 'guess', expected None, 'lookup' or a model"):
+        ours.generate(prompts[0], speculate="guess")
+    with pytest.raises(TypeError, match="a text, chat messages, token ids, or a list of them"):
+        ours.generate([prompts[0], "text"])
 
 
 def test_a_step_that_pytorch_helps_with_is_not_replayed(tmp_path):

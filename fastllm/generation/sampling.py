@@ -126,10 +126,11 @@ def nucleus(p: Tensor, top_p: float) -> Tensor:
 
 def _reaching(key: Tensor, p: Tensor, top_p: float) -> tuple[int, float]:
     """From the largest of keys (n,) down, the one with which p's sum reaches top_p (else the least), and the sum above it."""
-    mass = torch.bincount(key, weights=p, minlength=1).flip(0)
+    least = int(key.min())
+    mass = torch.bincount(key - least, weights=p).flip(0)
     total = mass.cumsum(0)
-    at = min(int(torch.searchsorted(total, top_p)), len(mass) - 1 - int(key.min()))
-    return len(mass) - 1 - at, float(total[at] - mass[at])
+    at = min(int(torch.searchsorted(total, top_p)), len(mass) - 1)
+    return least + len(mass) - 1 - at, float(total[at] - mass[at])
 
 
 def _top_k(logits: Tensor, k: int) -> Tensor:
