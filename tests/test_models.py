@@ -336,7 +336,7 @@ def rows_of(llama, cache, part):
     [
         ("llama", "float", 4),
         ("llama multi-query, wide head", "int8", 8),
-        ("mistral with a window", "int8", 4),
+        ("mistral with a window", "float", 4),  # int8 activations would hide the last bits
         ("qwen3", "int8", 4),
     ],
 )
@@ -348,6 +348,8 @@ def test_a_step_of_several_tokens_gives_the_bits_of_steps_of_one(name, activatio
 
     save(ARCHITECTURES[name], tmp_path)
     llama = all_quantised(tmp_path, activations, bits)
+    if llama.config.sliding_window:  # 24 would be one run of the kernel's sums, and hide where it starts
+        llama.config = replace(llama.config, sliding_window=100)
     llama.rope = replace(llama.rope, cos=llama.rope.cos.repeat(2, 1), sin=llama.rope.sin.repeat(2, 1))  # room for 512
     lengths = [250, 11]
     prompts = [ids_of(1, n, seed=n)[0].tolist() for n in lengths]
