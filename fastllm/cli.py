@@ -43,7 +43,8 @@ _counts.__name__ = "list of numbers"  # what argparse calls it when it is not on
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="GGUF file, or Hugging Face directory (config.json, safetensors, tokenizer.json)")
-    add("--prompt", required=True, help="the text to continue, or with --chat the question")
+    more = "; given several times, all are answered in one batch"
+    add("--prompt", action="append", required=True, help=f"the text to continue, or with --chat the question{more}")
     add("--chat", action="store_true", help="put the prompt through the model's chat template")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="stop after so many tokens (default: %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: %(default)s)")
@@ -55,6 +56,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
     add("--activations", choices=("float", "int8"), default="float", help="how quantised matrices see them: int8 is faster")
     add("--weights", choices=("int8", "int4"), help="quantise the model's float matrices")
+    add("--speculate", choices=("lookup",), help="guess the next tokens from the text so far; the model checks them together")
+    add("--draft", metavar="MODEL", help="let this smaller model of the same vocabulary guess instead")
+    add("--draft-tokens", type=int, default=3, metavar="N", help="guesses a pass, at most 15 (default: %(default)s)")
     add("--context", type=int, metavar="N", help="most tokens in all (default: the model's own, at most 8192)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
 
@@ -64,19 +68,32 @@ def _generate(args: argparse.Namespace) -> int:
         if args.threads < 1:
             raise value_error("generate", "--threads", args.threads, "at least 1")
         torch.set_num_threads(args.threads)
+    if args.draft is not None and args.speculate is not None:
+        raise value_error("generate", "--draft", args.draft, "nothing beside --speculate")
     from rich.console import Console
 
     from . import load
+    from .generation.speculative import GenerationReport
 
     console = Console(stderr=True)
     with console.status(f"loading {args.model}") if console.is_terminal else nullcontext():
-        model = load(args.model, activations=args.activations, weights=args.weights, context=args.context)
-    prompt = [{"role": "user", "content": args.prompt}] if args.chat else args.prompt
+        loading = {"activations": args.activations, "weights": args.weights, "context": args.context}
+        model = load(args.model, **loading)
+        speculate = load(args.draft, **loading) if args.draft is not None else args.speculate
+    prompts: list[Any] = [[{"role": "user", "content": p}] for p in args.prompt] if args.chat else args.prompt
     sampling = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    options = {name: getattr(args, name) for name in sampling}
-    for piece in model.stream(prompt, max_new_tokens=args.max_new_tokens, stop=args.stop, **options):
-        print(piece, end="", flush=True)
-    print()
+    report = GenerationReport()
+    options: dict[str, Any] = {name: getattr(args, name) for name in (*sampling, "max_new_tokens", "stop", "draft_tokens")}
+    options |= {"speculate": speculate, "report": report}
+    if len(prompts) == 1:
+        for piece in model.stream(prompts[0], **options):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        for prompt, text in zip(args.prompt, model.generate(prompts, **options)):
+            print(f"--- {prompt}\n{text}")
+    if speculate is not None:
+        print(report, file=sys.stderr)
     return 0
 
 
@@ -448,6 +465,8 @@ COMMANDS = {
         (
             'fastllm generate model.gguf --prompt "The capital of France is"',
             'fastllm generate model/ --chat --prompt "Why is the sky blue?" --temperature 0.7 --top-p 0.9 --seed 1',
+            'fastllm generate model.gguf --speculate lookup --prompt "To be or not to be. Once more: To be"',
+            'fastllm generate model.gguf --prompt "The capital of France is" --prompt "The capital of Italy is"',
         ),
     ),
     "verify": (

@@ -68,13 +68,13 @@ class FastllmEngine:
         self.model.llama.activations = "float" if mode == "fastllm_float" else "int8"
 
     def prefill(self, ids: list[int]) -> None:
-        from .generation.loop import prefill
+        from .generation.prefill import prefill
 
         prefill(self.model.llama, [ids], self.model.llama.new_cache(1, len(ids)))
 
     def decoder(self, ids: list[int]) -> Callable[[], int]:
         from .generation.decode import DecodeStep
-        from .generation.loop import prefill
+        from .generation.prefill import prefill
 
         llama = self.model.llama
         cache = llama.new_cache(1, len(ids) + DECODE_TOKENS + 1)

@@ -273,14 +273,21 @@ def test_generate_streams_and_hands_its_options_on(monkeypatch, capsys):
     seen = {}
 
     class Model:
-        def stream(self, prompt, **options):
+        def stream(self, prompt, *, report, **options):
             seen.update(options, prompt=prompt)
+            report.tokens, report.passes = 6, 3
             yield from ("a ", "b")
+
+        def generate(self, prompts, *, report, **options):
+            seen.update(options, prompt=prompts)
+            return ["one", "two"]
 
     def load(path, **options):
         seen.update(options, path=path)
+        loaded.append(path)
         return Model()
 
+    loaded = []
     monkeypatch.setattr(fastllm, "load", load)
     words = ["generate", "m.gguf", "--prompt", "hi", "--temperature", "0.5", "--top-k", "3", "--stop", "x", "--stop", "y"]
     assert cli.main([*words, "--chat", "--activations", "int8", "--context", "64", "--max-new-tokens", "5"]) == 0
@@ -288,6 +295,23 @@ def test_generate_streams_and_hands_its_options_on(monkeypatch, capsys):
     assert seen["prompt"] == [{"role": "user", "content": "hi"}]
     assert (seen["path"], seen["activations"], seen["context"], seen["max_new_tokens"]) == ("m.gguf", "int8", 64, 5)
     assert (seen["temperature"], seen["top_k"], seen["top_p"], seen["stop"]) == (0.5, 3, None, ["x", "y"])
+    assert (seen["speculate"], seen["draft_tokens"]) == (None, 3)
+
+    assert cli.main(["generate", "m.gguf", "--prompt", "hi", "--prompt", "ho", "--speculate", "lookup"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "--- hi\none\n--- ho\ntwo\n"
+    assert shown.err.startswith("0 tokens in 0 passes")
+    assert (seen["prompt"], seen["speculate"]) == (["hi", "ho"], "lookup")
+
+    assert cli.main(["generate", "m.gguf", "--prompt", "hi", "--draft", "d.gguf", "--draft-tokens", "5"]) == 0
+    assert capsys.readouterr().err.startswith("6 tokens in 3 passes, 2.00 a pass; ")
+    assert loaded[-2:] == ["m.gguf", "d.gguf"]
+    assert (type(seen["speculate"]), seen["draft_tokens"]) == (Model, 5)
+
+
+def test_generate_refuses_two_kinds_of_guesses(capsys):
+    assert cli.main(["generate", "m.gguf", "--prompt", "hi", "--draft", "d", "--speculate", "lookup"]) == 2
+    assert "generate: --draft is 'd', expected nothing beside --speculate" in capsys.readouterr().err
 
 
 def test_generate_refuses_threads_below_one(capsys):

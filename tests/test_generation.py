@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import zlib
+from copy import copy
 
 import pytest
 import torch
 
-from fastllm.generation.loop import PREFILL_CHUNK, generate_ids
-from fastllm.generation.sampling import Sampling
+from fastllm.generation.loop import generate_ids
+from fastllm.generation.prefill import PREFILL_CHUNK
+from fastllm.generation.sampling import Sampling, draw_index
 
 VOCAB = 32
 
@@ -22,8 +25,16 @@ class Counting:
             self.capacity = capacity
             self.seen = [[None] * capacity for _ in range(batch)]
 
+        def row(self, b):
+            one = copy(self)
+            one.lengths, one.seen = self.lengths[b : b + 1], self.seen[b : b + 1]
+            return one
+
     device = torch.device("cpu")
     kernel_calls = 3  # none of which it makes: its steps are not recordable
+
+    def query_runs(self, tokens):
+        return 1
 
     def new_cache(self, batch, capacity):
         self.cache = self.Cache(batch, capacity)
@@ -51,27 +62,27 @@ def run(prompts, context=1000, stop_ids=(), max_new_tokens=5, sampling=None):
 
 def test_greedy_counts_on_for_each_sequence_of_a_ragged_batch():
     steps, model = run([[1, 2, 3], [9]])
-    assert steps == [[4, 10], [5, 11], [6, 12], [7, 13], [8, 14]]
+    assert steps == [[[4], [10]], [[5], [11]], [[6], [12]], [[7], [13]], [[8], [14]]]
     assert model.cache.seen[1][:5] == [9, 10, 11, 12, 13]
     assert model.cache.seen[0][:7] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_stop_token_ends_its_sequence_only():
     steps, _ = run([[1], [9]], stop_ids=[3])
-    assert steps == [[2, 10], [None, 11], [None, 12], [None, 13], [None, 14]]
+    assert steps == [[[2], [10]], [[], [11]], [[], [12]], [[], [13]], [[], [14]]]
 
 
 def test_the_context_ends_a_sequence():
     steps, _ = run([[1, 2, 3], [9]], context=5, max_new_tokens=50)
-    assert [s[0] for s in steps] == [4, 5, None, None]
-    assert [s[1] for s in steps] == [10, 11, 12, 13]
+    assert [s[0] for s in steps] == [[4], [5], [], []]
+    assert [s[1] for s in steps] == [[10], [11], [12], [13]]
 
 
 @pytest.mark.parametrize("length", [PREFILL_CHUNK - 1, PREFILL_CHUNK, PREFILL_CHUNK + 1, 2 * PREFILL_CHUNK + 3])
 def test_prefill_in_chunks_sees_every_token_once_and_in_order(length):
     prompt = [i % VOCAB for i in range(length)]
     steps, model = run([prompt, prompt[:7]], context=5000, max_new_tokens=1)
-    assert steps == [[(prompt[-1] + 1) % VOCAB, 7]]
+    assert steps == [[[(prompt[-1] + 1) % VOCAB], [7]]]
     assert model.cache.seen[0][:length] == prompt
 
 
@@ -151,3 +162,66 @@ def test_draws_follow_the_distribution_and_the_seed():
     again = sampling.generator()
     generator = sampling.generator()
     assert [sampling.draw(LOGITS, [], again) for _ in range(20)] == [sampling.draw(LOGITS, [], generator) for _ in range(20)]
+
+
+def sorted_definition(logits, temperature, top_k=None, top_p=None, min_p=None):
+    """Which tokens the filters keep, and their probabilities in fp64, by sorting: stable, so that the lowest ids of equals come first."""
+    p = (logits / temperature).softmax(-1)
+    kept = torch.ones(len(p), dtype=torch.bool)
+    order = p.sort(descending=True, stable=True).indices
+    if top_k is not None and top_k < len(p):
+        kept = logits >= logits[order[top_k - 1]]
+        p = (logits / temperature).masked_fill(~kept, -math.inf).softmax(-1)
+    if top_p is not None and top_p < 1:
+        order = p.sort(descending=True, stable=True).indices
+        before = p[order].double().cumsum(-1) - p[order].double()
+        kept[order[before >= top_p]] = False
+    p = p.masked_fill(~kept, 0.0)
+    p /= p.sum()
+    if min_p:
+        kept &= p >= min_p * p.max()
+        p = p.masked_fill(~kept, 0.0)
+    return kept, p.double() / p.double().sum()
+
+
+@pytest.mark.parametrize("kind", ["normal", "flat", "peaked", "ties", "all equal", "bf16", "infinite"])
+def test_filters_without_sorting_keep_what_the_sorted_definition_keeps(kind):
+    random = torch.Generator().manual_seed(zlib.crc32(kind.encode()))
+
+    def one(low, high):
+        return low + (high - low) * float(torch.rand((), generator=random))
+
+    for _ in range(60):
+        V = int(one(1, 400)) if one(0, 1) < 0.8 else 5000
+        logits = torch.randn(V, generator=random) * {"flat": 0.01, "peaked": 20.0}.get(kind, 2.0)
+        if kind == "ties":
+            logits = logits.round()
+        elif kind == "all equal":
+            logits = torch.zeros(V)
+        elif kind == "bf16":
+            logits = logits.bfloat16().float()
+        elif kind == "infinite":
+            logits[torch.rand(V, generator=random) < 0.3] = -math.inf
+            logits[0] = 0.0
+        options = {"temperature": one(0.3, 2.0)}
+        options |= {"top_k": int(one(1, 60))} if one(0, 1) < 0.5 else {}
+        options |= {"top_p": one(0.01, 1.0)} if one(0, 1) < 0.7 else {}
+        options |= {"min_p": one(0.0, 0.3)} if one(0, 1) < 0.3 else {}
+        kept, p = sorted_definition(logits, **options)
+        found = Sampling(**options).probabilities(logits)
+        assert torch.equal(found > 0, kept & (p > 0)), options
+        assert torch.allclose(found.double(), p, rtol=1e-5, atol=1e-12), options
+
+
+def test_top_p_takes_the_lowest_ids_of_equal_tokens():
+    # A fourth each, exact in binary: two of them reach a half, and a hair more takes the third.
+    equal = torch.zeros(4)
+    for top_p, expected in ((0.5, [0, 1]), (0.5 + 1e-9, [0, 1, 2]), (0.1, [0])):
+        p = Sampling(temperature=1.0, top_p=top_p).probabilities(equal)
+        assert (p > 0).nonzero()[:, 0].tolist() == expected
+
+
+def test_a_drawn_index_never_has_weight_zero():
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.tensor([0.0, 1e-3, 0.0, 2e-3, 0.0])
+    assert {draw_index(weights, generator) for _ in range(200)} == {1, 3}

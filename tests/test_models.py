@@ -143,7 +143,7 @@ def test_greedy_generation_equals_transformers(name, tmp_path):
     from fastllm.generation.sampling import Sampling
 
     steps = list(generate_ids(ours.llama, ragged, Sampling(), max_new_tokens=20, context=ours.context))
-    assert [[step[b] for step in steps] for b in range(3)] == expected
+    assert [[token for step in steps for token in step[b]] for b in range(3)] == expected
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
@@ -268,6 +268,20 @@ def test_real_model_speaks(real):
     assert chat
 
 
+def test_real_model_guesses_and_batches_change_nothing(real):
+    from fastllm.generation.speculative import GenerationReport
+
+    line = "The Amazon is the largest river in South America. It flows through Peru, Colombia and Brazil."
+    questions = [f"Repeat this text word for word:\n\n{line}", "Why is the sky blue?"]
+    chats = [[{"role": "user", "content": q}] for q in questions]
+    alone = [real.generate(chat, max_new_tokens=24) for chat in chats]
+    assert real.generate(chats, max_new_tokens=24) == alone
+    report = GenerationReport()
+    assert real.generate(chats[0], max_new_tokens=24, speculate="lookup", report=report) == alone[0]
+    assert report.tokens_per_pass > 1.5
+    assert "".join(real.stream(chats[0], max_new_tokens=24, speculate="lookup")) == alone[0]
+
+
 # ---------------------------------------------------------------- the recorded decode step
 
 
@@ -275,7 +289,7 @@ def test_real_model_speaks(real):
 @pytest.mark.parametrize("activations", ["float", "int8"])
 def test_a_replayed_step_gives_the_bits_of_a_computed_one(name, activations, tmp_path):
     from fastllm.generation.decode import DecodeStep
-    from fastllm.generation.loop import prefill
+    from fastllm.generation.prefill import prefill
     from fastllm.quant import quantize
 
     save(ARCHITECTURES[name], tmp_path)
@@ -296,6 +310,99 @@ def test_a_replayed_step_gives_the_bits_of_a_computed_one(name, activations, tmp
             cache.lengths += 1
     assert replayed._replay is not None
     assert computed._replay is None
+
+
+def all_quantised(folder, activations, bits=4):
+    """A model whose every matrix is quantised, so that no product is PyTorch's."""
+    from fastllm.quant import quantize
+
+    llama = fastllm.load(folder, weights=f"int{bits}", group_size=32, activations=activations).llama
+    w = llama.weights
+    llama.weights = replace(w, embedding=quantize(w.embedding, 8, 32).pack(), head=quantize(w.head, 8, 32).pack())
+    return llama
+
+
+def rows_of(llama, cache, part):
+    """A cache of some of another's sequences."""
+    copy = llama.new_cache(len(cache.lengths[part]), cache.capacity)
+    for to, source in zip(copy.keys + copy.values, cache.keys + cache.values):
+        to.copy_(source[part])
+    copy.lengths.copy_(cache.lengths[part])
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "activations", "bits"),
+    [
+        ("llama", "float", 4),
+        ("llama multi-query, wide head", "int8", 8),
+        ("mistral with a window", "float", 4),  # int8 activations would hide the last bits
+        ("qwen3", "int8", 4),
+    ],
+)
+def test_a_step_of_several_tokens_gives_the_bits_of_steps_of_one(name, activations, bits, tmp_path):
+    """What speculative decoding's equality stands on: alone or in a batch, on every rung, across a split of the keys (256)."""
+    from fastllm.backends import isa_names, use_isa
+    from fastllm.generation.decode import DecodeStep
+    from fastllm.generation.prefill import prefill
+
+    save(ARCHITECTURES[name], tmp_path)
+    llama = all_quantised(tmp_path, activations, bits)
+    if llama.config.sliding_window:  # 24 would be one run of the kernel's sums, and hide where it starts
+        llama.config = replace(llama.config, sliding_window=100)
+    llama.rope = replace(llama.rope, cos=llama.rope.cos.repeat(2, 1), sin=llama.rope.sin.repeat(2, 1))  # room for 512
+    lengths = [250, 11]
+    prompts = [ids_of(1, n, seed=n)[0].tolist() for n in lengths]
+    following = ids_of(2, 16, seed=5)
+    for isa in [i for i in isa_names() if i != "scalar"]:
+        with use_isa(isa):
+            filled = llama.new_cache(2, 280)
+            with torch.inference_mode():
+                prefill(llama, prompts, filled)
+            cache = rows_of(llama, filled, slice(None))
+            step, alone = DecodeStep(llama, cache), []
+            for t in range(16):
+                alone.append(step(following[:, t].tolist()).clone())
+                cache.lengths += 1
+            expected = torch.stack(alone, 1)  # (B, 16, V)
+            for b in (None, 0, 1):  # both, or one by itself
+                part = slice(None) if b is None else slice(b, b + 1)
+                for tokens in (3, 4, 8):
+                    cache = rows_of(llama, filled, part)
+                    several = DecodeStep(llama, cache, tokens)
+                    for t in range(0, 16 - tokens + 1, tokens):  # the first is recorded, the others may be replayed
+                        logits = several(following[part, t : t + tokens].flatten().tolist())
+                        assert torch.equal(logits, expected[part, t : t + tokens].flatten(0, 1))
+                        cache.lengths += tokens
+                    assert (several._replay is not None) == (b is not None or llama.query_runs(tokens) == 1)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral with a window"])
+def test_a_batch_and_guesses_give_each_prompt_what_it_gets_alone(name, tmp_path):
+    """To the token, where all matrices are quantised: prompts on both sides of a prefill chunk and of the decode kernel's rows."""
+    from fastllm.generation.speculative import GenerationReport
+
+    save(ARCHITECTURES[name], tmp_path)
+    ours, draft, other = (fastllm.load(tmp_path) for _ in range(3))
+    ours.llama, draft.llama = all_quantised(tmp_path, "int8"), all_quantised(tmp_path, "int8", bits=8)
+    prompts = [ids_of(1, n, seed=n)[0] for n in (1, 4, 40, 129)]
+    alone = [ours.generate(p, max_new_tokens=20) for p in prompts]
+    assert ours.generate(prompts, max_new_tokens=20) == alone
+    for speculate in ("lookup", draft, ours):
+        report = GenerationReport()
+        options = {"max_new_tokens": 20, "speculate": speculate, "report": report}
+        assert ours.generate(prompts, **options) == alone
+        assert ours.generate(prompts[3], **options) == alone[3]
+        assert report.tokens == sum(map(len, [*alone, alone[3]]))
+        assert report.drafted
+    assert report.accepted == report.drafted  # its own guesses
+    other.llama.config = replace(other.config, vocab_size=400)
+    with pytest.raises(ValueError, match="speculate has a vocabulary of 400 tokens, expected 320"):
+        ours.generate(prompts[0], speculate=other)
+    with pytest.raises(ValueError, match="speculate is 'guess', expected None, 'lookup' or a model"):
+        ours.generate(prompts[0], speculate="guess")
+    with pytest.raises(TypeError, match="a text, chat messages, token ids, or a list of them"):
+        ours.generate([prompts[0], "text"])
 
 
 def test_a_step_that_pytorch_helps_with_is_not_replayed(tmp_path):
@@ -333,7 +440,7 @@ class Graph:
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_step_on_a_gpu_is_captured_once_and_replayed(tmp_path, monkeypatch, fails):
     from fastllm.generation.decode import DecodeStep
-    from fastllm.generation.loop import prefill
+    from fastllm.generation.prefill import prefill
 
     save(ARCHITECTURES["llama"], tmp_path)
     llama = fastllm.load(tmp_path).llama

@@ -30,35 +30,41 @@ class Decoder(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+    def query_runs(self, tokens: int) -> int: ...
     def new_cache(self, batch: int, capacity: int) -> Any: ...
     def hidden_states(self, ids: Tensor, cache: Any, places: Places | None = None) -> Tensor: ...
     def head(self, hidden: Tensor) -> Tensor: ...
 
 
 class DecodeStep:
-    """One token for each sequence of a cache: ``step(ids)`` -> logits (B, V), overwritten by the next step.
+    """The next T tokens of each sequence of a cache: ``step(ids)`` -> logits (B T, V) after each, overwritten by the next step.
 
     Args:
         model: the forward pass.
         cache: its ``lengths`` say where the tokens go; the caller advances them.
+        tokens: T, whose ids come sequence by sequence. On the CPU, where all matrices are quantised, a token's logits have the bits that
+            T steps of one token would give it, and do not depend on the other sequences: ``quant_matmul`` promises it, and attention
+            takes the queries in ``query_runs``.
     """
 
-    def __init__(self, model: Decoder, cache: Any) -> None:
+    def __init__(self, model: Decoder, cache: Any, tokens: int = 1) -> None:
         self._model, self._cache = model, cache
         batch = len(cache.lengths)
-        self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+        self._ids = torch.zeros(batch, tokens, dtype=torch.int64, device=model.device)
+        runs = model.query_runs(tokens)
+        self._last = torch.arange(1, runs + 1) * (tokens // runs)  # of each run, counted from 1
         # Attention looks at the whole cache and reads from kv_lens where it ends.
-        self._places = Places(torch.zeros_like(self._ids), torch.zeros_like(self._ids[:, 0]), cache.capacity)
+        self._places = Places(torch.zeros_like(self._ids), torch.zeros_like(self._ids[:, :runs]), cache.capacity)
         self._logits: Tensor | None = None
         self._replay: Callable[[], Any] | None = None
         self._record = {"cpu": self._record_calls, "cuda": self._warm_up}.get(model.device.type, self._compute)
 
     @torch.inference_mode()
-    def __call__(self, ids: Sequence[int]) -> Tensor:
+    def __call__(self, ids: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         assert self._places.kv_lens is not None
-        self._ids.copy_(torch.tensor(ids)[:, None])
-        self._places.positions.copy_(self._cache.lengths[:, None])
-        self._places.kv_lens.copy_(self._cache.lengths + 1)
+        self._ids.copy_(torch.tensor(ids).view(self._ids.shape))
+        self._places.positions.copy_(self._cache.lengths[:, None] + torch.arange(self._ids.shape[1]))
+        self._places.kv_lens.copy_(self._cache.lengths[:, None] + self._last)
         if self._replay is not None:
             self._replay()
             assert self._logits is not None
@@ -67,7 +73,7 @@ class DecodeStep:
         return self._logits
 
     def _compute(self) -> Tensor:
-        return self._model.head(self._model.hidden_states(self._ids, self._cache, self._places)[:, -1])
+        return self._model.head(self._model.hidden_states(self._ids, self._cache, self._places).flatten(0, 1))
 
     def _record_calls(self) -> Tensor:
         """Computes the step while the compiled module writes its calls down."""

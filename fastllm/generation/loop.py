@@ -1,42 +1,18 @@
-"""The generate loop: prompts of different lengths in one batch, tokens as they come."""
+"""The generate loop: prompts of different lengths in one batch, tokens as they come, guessed ahead or one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import value_error
 from .decode import Decoder, DecodeStep
+from .prefill import prefill
 from .sampling import Sampling
+from .speculative import DRAFT_TOKENS, Draft, Drafter, GenerationReport, checked
 
-__all__ = ["PREFILL_CHUNK", "generate_ids", "prefill"]
-
-# Tokens that go through the model at once: enough to keep matrix kernels busy, few enough that activations stay small.
-PREFILL_CHUNK = 128
-
-
-def prefill(model: Decoder, prompts: Sequence[Sequence[int]], cache: Any) -> Tensor:
-    """Run the prompts into an empty cache; logits (B, V) after each one's last token.
-
-    Shorter prompts are padded on the right. Causal attention never looks right, and decoding overwrites the padded slots one by
-    one before it makes them visible, so padding needs no mask.
-    """
-    lengths = torch.tensor([len(p) for p in prompts])
-    longest = int(lengths.max())
-    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    for row, prompt in zip(ids, prompts):
-        row[: len(prompt)] = torch.tensor(prompt)
-    last = []
-    for start in range(0, longest, PREFILL_CHUNK):
-        stop = min(start + PREFILL_CHUNK, longest)
-        cache.lengths.fill_(start)
-        hidden = model.hidden_states(ids[:, start:stop].to(model.device), cache)
-        last += [(b, hidden[b, n - 1 - start]) for b, n in enumerate(lengths.tolist()) if start < n <= stop]
-    cache.lengths.copy_(lengths)
-    return model.head(torch.stack([row for _, row in sorted(last, key=lambda item: item[0])]))
+__all__ = ["generate_ids"]
 
 
 def generate_ids(
@@ -47,22 +23,34 @@ def generate_ids(
     max_new_tokens: int,
     context: int,
     stop_ids: Sequence[int] = (),
-) -> Iterator[list[int | None]]:
-    """An iterator that yields, step by step, each sequence's next token, or None once it has ended.
+    drafter: Drafter | None = None,
+    draft_tokens: int = DRAFT_TOKENS,
+    report: GenerationReport | None = None,
+) -> Iterator[list[list[int]]]:
+    """An iterator that yields, pass by pass, each sequence's next tokens: one, or with a drafter up to draft_tokens + 1; none once
+    it has ended.
 
     A sequence ends after a stop token (which is not yielded), max_new_tokens, or the context's last position.
 
-    Raises: ValueError for an empty batch or prompt, a prompt longer than the context, max_new_tokens below 0.
+    Args:
+        drafter: guesses tokens ahead, at most ``draft_tokens`` a pass; what comes out is what would come without it (``speculative``).
+        report: is filled in.
+
+    Raises: ValueError for an empty batch or prompt, a prompt longer than the context, max_new_tokens below 0, draft_tokens outside of
+        1 to 15.
     """
     if max_new_tokens < 0:
         raise value_error("generate", "max_new_tokens", max_new_tokens, "at least 0")
+    if not 1 <= draft_tokens <= 15:
+        raise value_error("generate", "draft_tokens", draft_tokens, "from 1 to 15")
     if not prompts:
         raise value_error("generate", "prompts", list(prompts), "at least one prompt")
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= context:
             expected = f"1 to {context} tokens, the model's context"
             raise ValueError(f"generate: prompt {i} has {len(prompt)} tokens, expected {expected}")
-    return _generate(model, prompts, sampling, max_new_tokens, context, frozenset(stop_ids))
+    report = GenerationReport() if report is None else report
+    return _generate(model, prompts, sampling, max_new_tokens, context, frozenset(stop_ids), drafter, draft_tokens, report)
 
 
 def _generate(
@@ -72,31 +60,60 @@ def _generate(
     max_new_tokens: int,
     context: int,
     stops: frozenset[int],
-) -> Iterator[list[int | None]]:
+    drafter: Drafter | None,
+    draft_tokens: int,
+    report: GenerationReport,
+) -> Iterator[list[list[int]]]:
     if max_new_tokens == 0:
         return
+    # The prompt's pass gives a token even where the prompt fills the context.
+    ends = [max(len(p) + 1, min(context, len(p) + max_new_tokens)) for p in prompts]
+    capacity = min(context, max(ends) + (draft_tokens if drafter else 0))  # a pass may write guesses beyond the end
     seen = [list(p) for p in prompts]
-    alive = [True] * len(seen)
+    alive = list(range(len(seen)))
     generator = sampling.generator()
-    cache = model.new_cache(len(seen), min(context, max(map(len, seen)) + max_new_tokens))
-    decode = DecodeStep(model, cache)
+    cache = model.new_cache(len(seen), capacity)
+    steps: dict[int, DecodeStep] = {}  # by the number of tokens that they take of each sequence
     with torch.inference_mode():
-        logits = prefill(model, prompts, cache).cpu()  # where the draws are made
-    for step in range(1, max_new_tokens + 1):
-        tokens: list[int | None] = [None] * len(seen)
-        for b in range(len(seen)):
-            if alive[b]:
-                token = sampling.draw(logits[b], seen[b], generator)
-                alive[b] = token not in stops
-                if alive[b]:
-                    tokens[b] = token
-                    seen[b].append(token)
-        if not any(alive):
+        logits = prefill(model, prompts, cache)[:, None].cpu()  # (B, tokens, V), where the draws are made
+    if drafter:
+        drafter.start(prompts, sampling, generator, capacity)
+    drafts = [Draft() for _ in seen]
+    while True:
+        new: list[list[int]] = [[] for _ in seen]
+        for b in alive:
+            tokens, accepted = checked(sampling, logits[b], seen[b], drafts[b], generator)
+            new[b] = _until(stops, tokens)[: ends[b] - len(seen[b])]
+            if len(new[b]) < len(tokens):
+                ends[b] = len(seen[b]) + len(new[b])
+            report.passes += 1
+            report.tokens += len(new[b])
+            report.drafted += len(drafts[b].tokens)
+            report.accepted += min(accepted, len(new[b]))
+            seen[b] += new[b]
+        if not any(new):
             return
-        yield tokens
-        alive = [on and len(s) < context for on, s in zip(alive, seen)]
-        if step == max_new_tokens or not any(alive):
+        yield new
+        alive = [b for b in alive if len(seen[b]) < ends[b]]
+        if not alive:
             return
-        # A sequence that has ended goes on in the batch, over its own last slot: its output is never looked at.
-        logits = decode([s[-1] for s in seen]).cpu()
-        cache.lengths += torch.tensor(alive, dtype=torch.int64)
+        # The last token of a sequence is not in the cache yet, nor is any guess that fell. A sequence that has ended goes on in the
+        # batch, at the start of its slots: its output is never looked at.
+        cache.lengths.zero_()
+        for b in alive:
+            cache.lengths[b] = len(seen[b]) - 1
+        drafts = [Draft() for _ in seen]
+        if drafter and int(cache.lengths.max()) + 1 + draft_tokens <= capacity:
+            wanted = [0] * len(seen)
+            for b in alive:
+                wanted[b] = min(draft_tokens, ends[b] - len(seen[b]) - 1)
+            drafts = drafter.propose(seen, wanted)
+        width = 1 + draft_tokens if any(d.tokens for d in drafts) else 1
+        if width not in steps:
+            steps[width] = DecodeStep(model, cache, width)
+        ids = [[s[-1], *d.tokens, *[0] * (width - 1 - len(d.tokens))] for s, d in zip(seen, drafts)]
+        logits = steps[width](ids).unflatten(0, (-1, width)).cpu()
+
+
+def _until(stops: frozenset[int], tokens: list[int]) -> list[int]:
+    return tokens[: next((i for i, token in enumerate(tokens) if token in stops), None)]

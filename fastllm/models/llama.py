@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import ops as fused_ops
 from ..nn.cache import KVCache, Places
 from ..nn.rope import RopeTables
+from ..ops.attention.native import DECODE_ROWS
 from ..quant import QuantizedTensor
 from .loaders import ModelConfig
 
@@ -87,6 +88,32 @@ class Llama:
         c = self.config
         return KVCache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, self.dtype, self.device)
 
+    def query_runs(self, tokens: int) -> int:
+        """In how many runs attention is to take a sequence's next ``tokens`` queries (``Places.kv_lens``), so that each of them gets
+        the bits it would get alone on the CPU: the kernel for few queries must serve them, which cuts keys by position alone; but
+        with a window it cuts from the first key that the first query sees."""
+        if self.device.type != "cpu":
+            return 1
+        c = self.config
+        most = 1 if c.sliding_window else max(1, DECODE_ROWS // (c.num_heads // c.num_kv_heads))
+        return next(runs for runs in range(1, tokens + 1) if tokens % runs == 0 and tokens // runs <= most)
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, kv_lens: Tensor | None) -> Tensor:
+        """q (B, H, T, D), keys and values (B, Hk, S, D) -> (B, H, T, D), of memory (B, T, H, D)."""
+        c, B = self.config, len(q)
+        if kv_lens is None or kv_lens.dim() == 1:
+            return self.ops.attention(q, keys, values, causal=True, window=c.sliding_window, kv_lens=kv_lens)
+        runs = kv_lens.shape[1]
+        if runs == 1:
+            return self.attend(q, keys, values, kv_lens[:, 0])
+        if B > 1:  # nothing without a copy stands for (B, R) sequences of B caches
+            each = [self.attend(q[b : b + 1], keys[b : b + 1], values[b : b + 1], kv_lens[b : b + 1]) for b in range(B)]
+            return torch.cat([o.transpose(1, 2) for o in each]).transpose(1, 2)
+        # The runs are R sequences that share one cache.
+        keys, values = keys.expand(runs, -1, -1, -1), values.expand(runs, -1, -1, -1)
+        o = self.attend(q[0].unflatten(1, (runs, -1)).transpose(0, 1), keys, values, kv_lens[0])
+        return o.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2)
+
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """(..., K) -> (..., N). Float matrices are PyTorch's own: oneDNN and MKL are hard to beat there."""
         if isinstance(weight, QuantizedTensor):
@@ -118,7 +145,7 @@ class Llama:
             keys, values = cache.keys[i], cache.values[i]
             q = ops.apply_rotary_cache(q, k, v, self.rope.cos, self.rope.sin, keys, values, at.positions)
             keys, values = keys[:, :, : at.keys], values[:, :, : at.keys]  # (B, Hk, S, D)
-            o = ops.attention(q, keys, values, causal=True, window=c.sliding_window, kv_lens=at.kv_lens)
+            o = self.attend(q, keys, values, at.kv_lens)
             delta = self.linear(o.transpose(1, 2).reshape(B, T, H * D), layer.o)
             h, x = ops.rms_norm(delta, layer.mlp_norm, c.rms_norm_eps, residual=x)
             delta = self.linear(ops.gated_activation(self.linear(h, layer.gate_up)), layer.down)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,8 @@ class Places:
 
     Args:
         positions: (B, T) int64, the position and the cache slot of each token.
-        kv_lens: (B,) int64, tokens of each sequence once these have joined; None if they are all ``keys``.
+        kv_lens: (B,) int64, tokens of each sequence once these have joined; None if they are all ``keys``. Or (B, R): attention takes
+            the T tokens in R runs of T / R queries each, and this is how many tokens there are at the end of each run.
         keys: how many slots attention has to look at.
     """
 
@@ -62,6 +64,13 @@ class KVCache:
     @property
     def batch(self) -> int:
         return len(self.lengths)
+
+    def row(self, b: int) -> KVCache:
+        """Sequence b by itself: a view, whose lengths (1,) are this cache's too."""
+        one = copy(self)
+        one.keys, one.values = ([t[b : b + 1] for t in layers] for layers in (self.keys, self.values))
+        one.lengths = self.lengths[b : b + 1]
+        return one
 
     def places(self, tokens: int) -> Places:
         """Where ``tokens`` more tokens of each sequence stand."""
