@@ -73,7 +73,7 @@ def replaced(args, i, value):
 def state(op, args, out):
     """An op's results, and the arguments that it writes into."""
     written = [a for a, s in zip(args, op.registered._schema.arguments) if s.alias_info is not None and s.alias_info.is_write]
-    return [t.detach() for t in (*results(out), *written)]
+    return [t.detach() for t in (*results(out), *written) if t is not None]
 
 
 def run(op, args):
