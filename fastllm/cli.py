@@ -40,6 +40,9 @@ _counts.__name__ = "list of numbers"  # what argparse calls it when it is not on
 # ---------------------------------------------------------------- generate
 
 
+CACHES = {"int8": "int8", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="GGUF file, or Hugging Face directory (config.json, safetensors, tokenizer.json)")
@@ -56,6 +59,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
     add("--activations", choices=("float", "int8"), default="float", help="how quantised matrices see them: int8 is faster")
     add("--weights", choices=("int8", "int4"), help="quantise the model's float matrices")
+    add("--cache", choices=tuple(CACHES), help="keep keys and values so (default: as the model computes)")
     add("--speculate", choices=("lookup",), help="guess the next tokens from the text so far; the model checks them together")
     add("--draft", metavar="MODEL", help="let this smaller model of the same vocabulary guess instead")
     add("--draft-tokens", type=int, default=3, metavar="N", help="guesses a pass, at most 15 (default: %(default)s)")
@@ -78,6 +82,7 @@ def _generate(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with console.status(f"loading {args.model}") if console.is_terminal else nullcontext():
         loading = {"activations": args.activations, "weights": args.weights, "context": args.context}
+        loading["cache_dtype"] = None if args.cache is None else getattr(torch, CACHES[args.cache])
         model = load(args.model, **loading)
         speculate = load(args.draft, **loading) if args.draft is not None else args.speculate
     prompts: list[Any] = [[{"role": "user", "content": p}] for p in args.prompt] if args.chat else args.prompt

@@ -285,6 +285,28 @@ def test_real_model_guesses_and_batches_change_nothing(real):
 # ---------------------------------------------------------------- the recorded decode step
 
 
+@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.bfloat16])
+def test_a_narrower_cache_changes_little(cache_dtype, tmp_path):
+    save(ARCHITECTURES["llama"], tmp_path)
+    ids = ids_of(2, 40)
+    plain = fastllm.load(tmp_path)
+    narrow = fastllm.load(tmp_path, cache_dtype=cache_dtype)
+    assert {t.dtype for t in narrow.llama.new_cache(1, 4).layers[0][:2]} == {cache_dtype}
+    by_torch = Llama(narrow.config, narrow.llama.weights, narrow.llama.rope, cache_dtype=cache_dtype, ops=reference_ops)
+    with torch.inference_mode():
+        expected = by_torch.head(by_torch.hidden_states(ids, by_torch.new_cache(2, 40)))
+    far, near = (float((narrow.logits(ids) - x).abs().max()) for x in (plain.logits(ids), expected))
+    assert 0.0 < far < 0.05 * float(expected.abs().max())
+    assert near < far / 10  # what is left are ties
+
+
+def test_a_cache_that_no_kernel_reads_is_refused(tmp_path):
+    save(ARCHITECTURES["llama"], tmp_path)
+    for options in ({"cache_dtype": torch.float64}, {"dtype": torch.bfloat16, "cache_dtype": torch.float16}):
+        with pytest.raises(TypeError, match=r"load: cache_dtype"):
+            fastllm.load(tmp_path, **options)
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral with a window", "qwen2", "qwen3"])
 @pytest.mark.parametrize("activations", ["float", "int8"])
 def test_a_replayed_step_gives_the_bits_of_a_computed_one(name, activations, tmp_path):
@@ -325,22 +347,24 @@ def all_quantised(folder, activations, bits=4):
 def rows_of(llama, cache, part):
     """A cache of some of another's sequences."""
     copy = llama.new_cache(len(cache.lengths[part]), cache.capacity)
-    for to, source in zip(copy.keys + copy.values, cache.keys + cache.values):
-        to.copy_(source[part])
+    for to, source in zip(copy.layers, cache.layers):
+        for into, x in zip(to, source):
+            if into is not None:
+                into.copy_(x[part])
     copy.lengths.copy_(cache.lengths[part])
     return copy
 
 
 @pytest.mark.parametrize(
-    ("name", "activations", "bits"),
+    ("name", "activations", "bits", "cache_dtype"),
     [
-        ("llama", "float", 4),
-        ("llama multi-query, wide head", "int8", 8),
-        ("mistral with a window", "float", 4),  # int8 activations would hide the last bits
-        ("qwen3", "int8", 4),
+        ("llama", "float", 4, torch.int8),
+        ("llama multi-query, wide head", "int8", 8, None),
+        ("mistral with a window", "float", 4, None),  # int8 activations would hide the last bits
+        ("qwen3", "int8", 4, torch.float16),
     ],
 )
-def test_a_step_of_several_tokens_gives_the_bits_of_steps_of_one(name, activations, bits, tmp_path):
+def test_a_step_of_several_tokens_gives_the_bits_of_steps_of_one(name, activations, bits, cache_dtype, tmp_path):
     """What speculative decoding's equality stands on: alone or in a batch, on every rung, across a split of the keys (256)."""
     from fastllm.backends import isa_names, use_isa
     from fastllm.generation.decode import DecodeStep
@@ -348,6 +372,7 @@ def test_a_step_of_several_tokens_gives_the_bits_of_steps_of_one(name, activatio
 
     save(ARCHITECTURES[name], tmp_path)
     llama = all_quantised(tmp_path, activations, bits)
+    llama.cache_dtype = cache_dtype or llama.dtype
     if llama.config.sliding_window:  # 24 would be one run of the kernel's sums, and hide where it starts
         llama.config = replace(llama.config, sliding_window=100)
     llama.rope = replace(llama.rope, cos=llama.rope.cos.repeat(2, 1), sin=llama.rope.sin.repeat(2, 1))  # room for 512

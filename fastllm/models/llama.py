@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops as fused_ops
-from ..nn.cache import KVCache, Places
+from ..nn.cache import CachedLayer, KVCache, Places
 from ..nn.rope import RopeTables
 from ..ops.attention.native import DECODE_ROWS
 from ..quant import QuantizedTensor
@@ -55,7 +55,8 @@ class Llama:
         config: shapes and constants.
         weights: matrices in ``dtype``, or quantised.
         rope: cos and sin for every position.
-        dtype: of activations and of the key/value cache.
+        dtype: of activations.
+        cache_dtype: of the key/value cache: dtype, bf16 or fp16 with fp32, or int8.
         activations: "float", or "int8": how quantised matrices see their input (``quant_matmul``).
         ops: the ops to compute with.
     """
@@ -67,11 +68,13 @@ class Llama:
         rope: RopeTables,
         *,
         dtype: torch.dtype = torch.float32,
+        cache_dtype: torch.dtype | None = None,
         activations: str = "float",
         ops: Any = fused_ops,
     ) -> None:
         self.config, self.weights, self.rope = config, weights, rope
-        self.dtype, self.activations, self.ops = dtype, activations, ops
+        self.dtype, self.cache_dtype = dtype, cache_dtype or dtype
+        self.activations, self.ops = activations, ops
 
     @property
     def kernel_calls(self) -> int:
@@ -86,7 +89,7 @@ class Llama:
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         c = self.config
-        return KVCache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, self.dtype, self.device)
+        return KVCache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, self.cache_dtype, self.device)
 
     def query_runs(self, tokens: int) -> int:
         """In how many runs attention is to take a sequence's next ``tokens`` queries (``Places.kv_lens``), so that each of them gets
@@ -98,20 +101,23 @@ class Llama:
         most = 1 if c.sliding_window else max(1, DECODE_ROWS // (c.num_heads // c.num_kv_heads))
         return next(runs for runs in range(1, tokens + 1) if tokens % runs == 0 and tokens // runs <= most)
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, kv_lens: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, seen: CachedLayer, kv_lens: Tensor | None) -> Tensor:
         """q (B, H, T, D), keys and values (B, Hk, S, D) -> (B, H, T, D), of memory (B, T, H, D)."""
         c, B = self.config, len(q)
         if kv_lens is None or kv_lens.dim() == 1:
-            return self.ops.attention(q, keys, values, causal=True, window=c.sliding_window, kv_lens=kv_lens)
+            scales = {} if seen.k_scale is None else {"k_scale": seen.k_scale, "v_scale": seen.v_scale}
+            return self.ops.attention(
+                q, seen.keys, seen.values, causal=True, window=c.sliding_window, kv_lens=kv_lens, **scales
+            )
         runs = kv_lens.shape[1]
         if runs == 1:
-            return self.attend(q, keys, values, kv_lens[:, 0])
+            return self.attend(q, seen, kv_lens[:, 0])
         if B > 1:  # nothing without a copy stands for (B, R) sequences of B caches
-            each = [self.attend(q[b : b + 1], keys[b : b + 1], values[b : b + 1], kv_lens[b : b + 1]) for b in range(B)]
+            each = [self.attend(q[b : b + 1], seen.row(b), kv_lens[b : b + 1]) for b in range(B)]
             return torch.cat([o.transpose(1, 2) for o in each]).transpose(1, 2)
         # The runs are R sequences that share one cache.
-        keys, values = keys.expand(runs, -1, -1, -1), values.expand(runs, -1, -1, -1)
-        o = self.attend(q[0].unflatten(1, (runs, -1)).transpose(0, 1), keys, values, kv_lens[0])
+        shared = seen.map(lambda t: t.expand(runs, *t.shape[1:]))
+        o = self.attend(q[0].unflatten(1, (runs, -1)).transpose(0, 1), shared, kv_lens[0])
         return o.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -142,10 +148,10 @@ class Llama:
             q, k, v = qkv[:, :H], qkv[:, H : H + Hk], qkv[:, H + Hk :]  # (B, H | Hk, T, D)
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = (ops.rms_norm(t, n, c.rms_norm_eps) for t, n in ((q, layer.q_norm), (k, layer.k_norm)))
-            keys, values = cache.keys[i], cache.values[i]
-            q = ops.apply_rotary_cache(q, k, v, self.rope.cos, self.rope.sin, keys, values, at.positions)
-            keys, values = keys[:, :, : at.keys], values[:, :, : at.keys]  # (B, Hk, S, D)
-            o = self.attend(q, keys, values, at.kv_lens)
+            into = cache.layers[i]
+            scales = {} if into.k_scale is None else {"k_scale": into.k_scale, "v_scale": into.v_scale}
+            q = ops.apply_rotary_cache(q, k, v, self.rope.cos, self.rope.sin, into.keys, into.values, at.positions, **scales)
+            o = self.attend(q, into.map(lambda t: t[:, :, : at.keys]), at.kv_lens)
             delta = self.linear(o.transpose(1, 2).reshape(B, T, H * D), layer.o)
             h, x = ops.rms_norm(delta, layer.mlp_norm, c.rms_norm_eps, residual=x)
             delta = self.linear(ops.gated_activation(self.linear(h, layer.gate_up)), layer.down)

@@ -18,6 +18,7 @@ from .model import LanguageModel
 
 __all__ = ["load"]
 
+NARROWER = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))  # dtype and a cache of fewer bits
 DEFAULT_CONTEXT = 8192  # a larger one costs memory (tables and cache) that most callers do not want
 
 
@@ -28,6 +29,7 @@ def load(
     weights: str | None = None,
     group_size: int = 64,
     activations: str = "float",
+    cache_dtype: torch.dtype | None = None,
     context: int | None = None,
     device: torch.device | str = "cpu",
 ) -> LanguageModel:
@@ -36,11 +38,12 @@ def load(
     Args:
         path: a GGUF file (F32, F16, BF16, Q4_0, Q4_1, Q8_0; stored integers are used as they are), or a Hugging Face directory
             (config.json, safetensors, tokenizer.json).
-        dtype: of activations, cache and float weights: fp32|bf16|fp16; default: fp32 for a GGUF file or quantised weights, else
+        dtype: of activations and float weights: fp32|bf16|fp16; default: fp32 for a GGUF file or quantised weights, else
             the stored dtype.
         weights: None keeps what is stored; "int8" or "int4" quantises float matrices (not the embedding and head).
         group_size: of that quantisation: 32, 64, 128, or -1 for whole rows.
         activations: "float", or "int8": quantised matrices then see their input rounded to int8, which is faster.
+        cache_dtype: of keys and values: default dtype; bf16|fp16 with an fp32 dtype; or int8, with a scale for each token and head.
         context: most tokens in a sequence; default: the model's own, at most 8192.
         device: "cpu", or a GPU ("cuda", "cuda:1"); tensors go there one by one.
 
@@ -54,6 +57,9 @@ def load(
         raise value_error("load", "weights", weights, "None, 'int8' or 'int4'")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise dtype_error("load", "dtype", dtype, "torch.float32, torch.bfloat16 or torch.float16")
+    if cache_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.int8):
+        expected = "torch.float32, torch.bfloat16, torch.float16 or torch.int8"
+        raise dtype_error("load", "cache_dtype", cache_dtype, expected)
     device = _checked_device(device)
     checkpoint = read_checkpoint(path)
     config = checkpoint.config
@@ -78,7 +84,9 @@ def load(
         max_positions=context,
         device=device,
     )
-    llama = Llama(config, model_weights, tables, dtype=builder.dtype, activations=activations)
+    if cache_dtype not in (None, builder.dtype, torch.int8) and (builder.dtype, cache_dtype) not in NARROWER:
+        raise dtype_error("load", "cache_dtype", cache_dtype, f"{builder.dtype} or torch.int8", "to match dtype")
+    llama = Llama(config, model_weights, tables, dtype=builder.dtype, cache_dtype=cache_dtype, activations=activations)
     del checkpoint, builder  # the file's metadata, a vocabulary among it
     _give_back_freed_memory()
     return LanguageModel(llama, tokenizer, context)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import value_error
 
-__all__ = ["KVCache", "Places"]
+__all__ = ["CachedLayer", "KVCache", "Places"]
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,33 @@ class Places:
     keys: int
 
 
+class CachedLayer(NamedTuple):
+    """One layer's keys and values, (B, Hk, S, D); and of int8 ones their scales, (B, Hk, S) fp32."""
+
+    keys: Tensor
+    values: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
+    def map(self, view: Callable[[Tensor], Tensor]) -> CachedLayer:
+        """The same view of each."""
+        return CachedLayer(*(None if t is None else view(t) for t in self))  # type: ignore[arg-type]
+
+    def row(self, b: int) -> CachedLayer:
+        """Sequence b by itself."""
+        return self.map(lambda t: t[b : b + 1])
+
+
 class KVCache:
     """Keys and values of every layer, written in place, one slot a token.
 
     Sequence b holds ``lengths[b]`` tokens in slots 0 .. lengths[b] - 1; a token's slot is its position.
 
     Args:
-        keys, values: one (B, Hk, S_max, D) tensor a layer, on the cache's device. ``lengths`` stays on the CPU: Python plans with
-            it, and must not wait for a GPU to do so.
+        dtype: fp32|bf16|fp16, or int8, which keeps a scale for each token and head too.
+        device: where ``layers`` are. ``lengths`` stays on the CPU: Python plans with it, and must not wait for a GPU to do so.
 
-    Cost: 2 * num_layers * B * Hk * S_max * D elements.
+    Cost: 2 * num_layers * B * Hk * S_max * D elements; int8 adds 4 bytes for each D of them.
     """
 
     def __init__(
@@ -55,9 +74,14 @@ class KVCache:
             if value < 1:
                 raise value_error("KVCache", name, value, "at least 1")
         shape = (batch, num_kv_heads, capacity, head_dim)
+
         # Zeroed, not merely reserved: a slot beyond a sequence's length is masked, but NaN times zero would still be NaN.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        def layer() -> CachedLayer:
+            keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            scales = (torch.zeros(shape[:3], device=device) if dtype == torch.int8 else None for _ in range(2))
+            return CachedLayer(keys, values, *scales)
+
+        self.layers = [layer() for _ in range(num_layers)]
         self.lengths = torch.zeros(batch, dtype=torch.int64)
         self.capacity = capacity
 
@@ -68,12 +92,12 @@ class KVCache:
     def row(self, b: int) -> KVCache:
         """Sequence b by itself: a view, whose lengths (1,) are this cache's too."""
         one = copy(self)
-        one.keys, one.values = ([t[b : b + 1] for t in layers] for layers in (self.keys, self.values))
+        one.layers = [layer.row(b) for layer in self.layers]
         one.lengths = self.lengths[b : b + 1]
         return one
 
     def places(self, tokens: int) -> Places:
         """Where ``tokens`` more tokens of each sequence stand."""
-        kv_lens, device = self.lengths + tokens, self.keys[0].device
+        kv_lens, device = self.lengths + tokens, self.layers[0].keys.device
         positions = (self.lengths[:, None] + torch.arange(tokens)).to(device)
         return Places(positions, kv_lens.to(device) if self.batch > 1 else None, int(kv_lens.max()))
