@@ -65,6 +65,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def("__len__", [](const Recording& recording) { return recording.calls.size(); })
       .def("replay", [](const Recording& recording) {
         py::gil_scoped_release release;
+        const OnPool threads;
         for (const auto& call : recording.calls) call();
       });
   bind_attention(m);

@@ -184,7 +184,9 @@ void in_forked_child() {
 
 Pool& pool() { return *the_pool.load(std::memory_order_relaxed); }
 
-bool openmp_serves() { return use_openmp.load(std::memory_order_relaxed) && gomp() != nullptr; }
+thread_local bool on_pool = false;
+
+bool openmp_serves() { return use_openmp.load(std::memory_order_relaxed) && !on_pool && gomp() != nullptr; }
 
 const bool ready = [] {
   the_pool.store(new Pool, std::memory_order_relaxed);
@@ -209,6 +211,9 @@ void run_chunks(int64_t count, int64_t grain, int threads, void (*body)(void*, i
     pool().run(job, threads);
   }
 }
+
+OnPool::OnPool() : before_(on_pool) { on_pool = true; }
+OnPool::~OnPool() { on_pool = before_; }
 
 const char* thread_runtime() { return openmp_serves() ? "openmp" : "pool"; }
 

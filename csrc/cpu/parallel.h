@@ -11,6 +11,20 @@ namespace fastllm::cpu {
 void run_chunks(int64_t count, int64_t grain, int threads, void (*body)(void* context, int64_t begin, int64_t end),
                 void* context);
 
+// While one of these lives, this thread's jobs run on our own pool: a recorded step is kernels alone, without PyTorch's
+// parallel regions in between, and a pool that waits for nobody who holds no chunk keeps its pace beside other
+// processes.
+class OnPool {
+ public:
+  OnPool();
+  ~OnPool();
+  OnPool(const OnPool&) = delete;
+  OnPool& operator=(const OnPool&) = delete;
+
+ private:
+  bool before_;
+};
+
 // Which threads serve: "openmp" (the OpenMP runtime that PyTorch has loaded) or "pool" (our own).
 const char* thread_runtime();
 // Chooses one by name; false if this process does not have it.
