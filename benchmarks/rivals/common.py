@@ -201,6 +201,16 @@ def peak_rss_mib() -> float:
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
+class Clock:
+    """When each token was there."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+
+    def tick(self) -> None:
+        self.ticks.append(time.perf_counter())
+
+
 MIN_SECONDS, MAX_REPEATS = 2.0, 5  # of one work in one process
 
 
@@ -209,12 +219,13 @@ def measure(engine: Engine, shape: str, work: Work) -> dict[str, Any]:
     rates: list[float] = []
     spent, others, tokens = 0.0, 0.0, []
     while not rates or (spent < MIN_SECONDS and len(rates) < MAX_REPEATS):
-        ticks: list[float] = []
+        clock = Clock()
         before, start = cpu_time(), time.perf_counter()
-        tokens = engine.generate(prompts, work.new_tokens, lambda: ticks.append(time.perf_counter()))
+        tokens = engine.generate(prompts, work.new_tokens, clock.tick)
         others = max(others, others_share(before, cpu_time()))
+        ticks = clock.ticks
         if len(ticks) != work.new_tokens + 1:
-            raise RuntimeError(f"{len(ticks)} steps, expected {work.new_tokens + 1}")
+            raise RuntimeError(f"{len(ticks)} tokens, expected {work.new_tokens + 1}")
         took = ticks[-1] - ticks[0] if work.new_tokens else ticks[0] - start
         rates.append(work.batch * (work.new_tokens or work.prompt) / took)
         spent += ticks[-1] - start
@@ -229,13 +240,11 @@ def measure(engine: Engine, shape: str, work: Work) -> dict[str, Any]:
 
 
 def run_job(load: Callable[[Job], Engine], job: Job) -> dict[str, Any]:
-    start = time.perf_counter()
     engine = load(job)
-    loaded = time.perf_counter() - start
     for work in job.works[:2]:  # warm up: buffers, what is compiled or prepared for a length at its first sight
         engine.generate(prompt_ids(job.shape, work), min(work.new_tokens, 8), lambda: None)
     works = [measure(engine, job.shape, work) for work in job.works]
-    return {"works": works, "load_s": loaded, "weights_bytes": engine.weights_bytes, "peak_rss_mib": peak_rss_mib()}
+    return {"works": works, "weights_bytes": engine.weights_bytes, "peak_rss_mib": peak_rss_mib()}
 
 
 def main(load: Callable[[Job], Engine], packages: tuple[str, ...]) -> None:

@@ -136,7 +136,7 @@ class HuggingFaceWriter:
             header[name] = {"dtype": "BF16", "shape": dims, "data_offsets": (start, end)}
         text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
         text += b" " * (-len(text) % 8)
-        self.file = open(folder / "model.safetensors", "wb")
+        self.file = (folder / "model.safetensors").open("wb")
         self.file.write(len(text).to_bytes(8, "little") + text)
 
     def add(self, name: str, bits: np.ndarray) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .common import Job, Tick, Variant, convert, files_size, main
 
 NAME, ENVIRONMENT = "OpenVINO", "openvino"
@@ -54,19 +56,19 @@ class OpenVINO:
         return [list(tokens) for tokens in zip(*steps)]
 
 
-def keep_last_position(model: object) -> None:
+def keep_last_position(model: Any) -> None:
     """Cut the output matrix's input to the last position, as openvino_genai does when it loads a model."""
     import numpy as np
     from openvino import opset13
 
-    result = next(r for r in model.get_results() if "logits" in r.input_value(0).get_names())  # type: ignore[attr-defined]
+    result = next(r for r in model.get_results() if "logits" in r.input_value(0).get_names())
     node = result.input_value(0).get_node()
     while node.get_type_name() != "MatMul":
         node = node.input_value(0).get_node()
     one, largest = np.array([1], np.int64), np.array([2**31 - 1], np.int64)
     last = opset13.slice(node.input_value(0), -one, largest, one, one)
     node.input(0).replace_source_output(last.output(0))
-    model.validate_nodes_and_infer_types()  # type: ignore[attr-defined]
+    model.validate_nodes_and_infer_types()
 
 
 if __name__ == "__main__":

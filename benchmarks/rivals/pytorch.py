@@ -38,7 +38,8 @@ class Transformers:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
         if "torchao" in settings:
             self.quantise(settings["torchao"])
-        self.step, self.caches = self.model, {}
+        self.step: Any = self.model
+        self.caches: dict[int, Any] = {}
         self.capacity = job.capacity
         self.compiled = settings.get("compile", False)
         if self.compiled:

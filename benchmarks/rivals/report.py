@@ -21,6 +21,8 @@ from fastllm.measure.report import markdown, number
 from .common import SHAPES
 
 OURS = "fastllm"
+SWEEPS = {"contexts": "decode at growing contexts, tokens/s", "batches": "decode of batches, tokens/s in total"}
+DISTURBED = 0.05  # of all cores' time used by others
 PLACE = re.compile(r"(?P<start><!-- rivals(?P<all>: all)? -->\n).*?(?P<end><!-- end of rivals -->)", re.DOTALL)
 
 
@@ -38,7 +40,7 @@ def summarise(records: Sequence[dict[str, Any]], limits: dict[str, Any]) -> list
     for (shape, kind, work, rival, variant), runs in groups.items():
         first = runs[0][0]
         rates = {record["round"]: done["tok_s"] for record, done in runs if "tok_s" in done}
-        row = {"shape": shape, "set": kind, "work": work, "rival": rival, "variant": variant}
+        row: dict[str, Any] = {"shape": shape, "set": kind, "work": work, "rival": rival, "variant": variant}
         row |= {key: first[key] for key in ("weights", "bits", "threads")} | {"rounds": rates}
         if rates:
             median = statistics.median(rates.values())
@@ -90,16 +92,13 @@ def tables(results: dict[str, Any], everything: bool) -> str:
         f"{results['commit']}; medians of {results['rounds']} interleaved rounds. Measured limits: {limits['read_memory']:.1f} GB/s "
         f"read from memory, {limits['int8']:.0f} GOP/s int8 dot products. Random weights in the models' shapes."
     ]
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    for shape in shapes:
-        parts += ["", f"**{SHAPES[shape].title}'s shape**", "", standard(only(rows, shape, "standard"))] if only(
-            rows, shape, "standard"
-        ) else []
-        if not everything:
-            continue
-        for kind, title in (("contexts", "Decode, tokens/s, at contexts of"), ("batches", "Decode, tokens/s in total, batches of")):
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        title = SHAPES[shape].title
+        if mine := only(rows, shape, "standard"):
+            parts += ["", f"**{title}'s shape**", "", standard(mine)]
+        for kind, what in SWEEPS.items() if everything else ():
             if mine := only(rows, shape, kind):
-                parts += ["", f"{title}:", "", sweep(mine)]
+                parts += ["", f"**{title}'s shape**, {what}", "", sweep(mine)]
     if everything:
         parts += ["", "Versions: " + "; ".join(versions(results["runs"])) + "."]
     return "\n".join(parts) + "\n"
@@ -139,8 +138,8 @@ def standard(rows: Sequence[dict[str, Any]]) -> str:
             line += [row["tok_s"], span, ratio, f"{row['share']:.0%}"]
         lines.append([*line, f"{by_work[works[-1]]['peak_rss_mib']:.0f}"])
     text = markdown([*columns, "peak MiB"], lines, left=2)
-    if any("\\*" in str(line[0]) or str(line[0]).endswith("*") for line in lines):
-        text += "\n\n\\* others used the machine during this run."
+    if any(row.get("others_cpu", 0) >= DISTURBED for row in rows):
+        text += "\n\n\\* others used more than 5 % of the machine during a run."
     return text + ("\n\nNot measured:\n\n" + "\n".join(reasons) if reasons else "")
 
 
@@ -149,15 +148,16 @@ def label(row: dict[str, Any]) -> str:
     name = f"**{row['rival']}**" if row["rival"] == OURS else row["rival"]
     if row["threads"]:
         name += f", {row['threads']} thread" + ("s" if row["threads"] > 1 else "")
-    return name
+    return name + ("\\*" if row.get("others_cpu", 0) >= DISTURBED else "")
 
 
 def sweep(rows: Sequence[dict[str, Any]]) -> str:
     works = list(dict.fromkeys(row["work"] for row in rows))
-    lines = [
-        [label(next(iter(by_work.values()))), next(iter(by_work.values()))["weights"], *(by_work[w].get("tok_s") for w in works)]
-        for by_work in contestants(rows).values()
-    ]
+    lines = []
+    for by_work in contestants(rows).values():
+        first = next(iter(by_work.values()))
+        rates = [by_work[work].get("tok_s") for work in works]
+        lines.append([label(first), first["weights"], *rates])
     return markdown(["engine", "weights", *works], lines, left=2)
 
 

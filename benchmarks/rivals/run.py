@@ -28,7 +28,7 @@ from fastllm.measure.report import write_json
 
 from . import environments, make_models
 from .common import SHAPES, Job, Variant, Work, cpu_time, others_share
-from .report import summarise
+from .report import DISTURBED, summarise
 
 ROOT = Path(__file__).parents[2]
 RIVALS = ("fastllm", "llama_cpp", "ik_llama_cpp", "openvino", "onnxruntime", "ctranslate2", "pytorch")
@@ -37,7 +37,6 @@ WORKS = {
     "contexts": tuple(Work(prompt, 64) for prompt in (128, 512, 2048, 4096, 8192)),
     "batches": tuple(Work(128, 64, batch) for batch in (1, 2, 4, 8, 16)),
 }
-DISTURBED = 0.05  # of all cores' time used by others: such a run is repeated
 ATTEMPTS, TIMEOUT = 3, 3600
 
 
@@ -130,7 +129,10 @@ def undisturbed(run: Callable[[], dict[str, Any]], patience: float) -> dict[str,
 
 
 def play(
-    contestants: Sequence[Entry], rounds: int, run: Callable[[Entry], dict[str, Any]], save: Callable[[list[dict[str, Any]]], None]
+    contestants: Sequence[Entry],
+    rounds: int,
+    run: Callable[[Entry], dict[str, Any]],
+    save: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
     """All rounds. Who fails says why in a record of its own, and is not asked again; the others go on."""
     records: list[dict[str, Any]] = []
