@@ -16,6 +16,8 @@ from pathlib import Path
 from .common import HOME
 
 REQUIREMENTS = Path(__file__).parent / "requirements"
+# What a package brings along and must go again: PyPI's torchvision is a CUDA build, which breaks imports beside a CPU PyTorch.
+UNWANTED = {"openvino": ["torchvision"]}
 NAMES = sorted(path.stem for path in REQUIREMENTS.glob("*.txt"))
 
 
@@ -50,6 +52,7 @@ def build(name: str) -> None:
             [sys.executable, "-m", "venv", str(here)],
             [str(python(name)), "-m", "pip", "install", "--upgrade", "pip==26.3"],  # the same one, whatever Python brings
             [str(python(name)), "-m", "pip", "install", "-r", str(wanted)],
+            *([str(python(name)), "-m", "pip", "uninstall", "--yes", package] for package in UNWANTED.get(name, ())),
         ):
             if subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode:
                 (here / "failed.txt").write_text(reason(log.read_text(encoding="utf-8")), encoding="utf-8")

@@ -177,7 +177,7 @@ def main() -> None:
         forms = {entry.details.source for entry in contestants if entry.shape == shape and entry not in refused}
         make_models.make(shape, sorted(forms))
     wait_until_idle(options.patience)
-    facts, limit = info(), asdict(limits(threads=options.threads, fresh=True))
+    facts, limit = info(), asdict(limits(threads=options.threads, fresh=options.patience > 0))
     machine = options.machine or re.sub(r"\W+", "-", f"{facts['processor']} {limit['isa']}".lower()).strip("-")
     date = time.strftime("%Y-%m-%d")
     results = {
