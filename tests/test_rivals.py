@@ -152,7 +152,7 @@ def test_a_disturbed_run_is_repeated_and_the_quietest_kept(monkeypatch):
 @pytest.fixture
 def played():
     """Two rounds of ours, a faster-decoding rival, and one that fails in its first."""
-    rates = {"fastllm": iter([(200, 30), (100, 50)]), "llama_cpp": iter([(100, 60), (100, 50)])}
+    rates = {"fastllm": iter([(200.0, 30.0), (100.0, 50.0)]), "llama_cpp": iter([(100.0, 60.0), (100.0, 50.0)])}
 
     def play(entry):
         if entry.variant == "q8_0":
@@ -190,21 +190,23 @@ def test_who_fails_has_a_row_with_the_reason_and_is_asked_once(played):
     assert not any("tok_s" in row for row in failed)
 
 
-def test_tables_fill_a_page_again_and_again(played, tmp_path):
+def test_tables_fill_a_page_again_and_again(played):
     results = {
         "machine": {"processor": "a CPU"}, "threads": 2, "date": "2026-11-22", "commit": "abc", "rounds": 2, "limits": LIMITS,
         "rows": report.summarise(played, LIMITS), "runs": played,
     }  # fmt: skip
     results = json.loads(json.dumps(results))
     page = "before\n<!-- rivals -->\nold\n<!-- end of rivals -->\nafter\n"
-    filled = report.insert(page, results)
+    filled = report.insert(page, results, "plots")
     assert "old" not in filled and filled.startswith("before\n") and filled.endswith("after\n")
-    assert report.insert(filled, results) == filled
+    assert report.insert(filled, results, "plots") == filled
     row = next(line for line in filled.splitlines() if line.startswith("| **fastllm**"))
     assert [cell.strip() for cell in row.split("|")[3:]][:3] == ["150", "100 to 200", "1.50"]
     assert "| 40.0 | 30.0 to 50.0 | 0.75 |" in row
     assert "- llama.cpp, Q8_0: no such thing" in filled
-    assert "Versions" not in filled and "engine 1.0" in report.insert(page.replace("rivals -->", "rivals: all -->", 1), results)
+    assert "Versions" not in filled and "plots" not in filled
+    everything = report.insert(page.replace("rivals -->", "rivals: all -->", 1), results, "plots")
+    assert "engine 1.0" in everything and "(plots-1b-standard.png)" in everything
 
 
 def test_a_rival_that_is_not_installed_is_refused_with_a_sentence(tmp_path, monkeypatch):

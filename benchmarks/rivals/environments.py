@@ -46,7 +46,7 @@ def build(name: str) -> None:
     wanted, here = REQUIREMENTS / f"{name}.txt", folder(name)
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir(parents=True)
-    log = here / "pip.log"
+    log, versions = here / "pip.log", wanted.read_text(encoding="utf-8")
     with open(log, "w", encoding="utf-8") as out:
         for command in (
             [sys.executable, "-m", "venv", str(here)],
@@ -57,7 +57,7 @@ def build(name: str) -> None:
             if subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode:
                 (here / "failed.txt").write_text(reason(log.read_text(encoding="utf-8")), encoding="utf-8")
                 return
-    shutil.copy(wanted, here / "installed.txt")
+    (here / "installed.txt").write_text(versions, encoding="utf-8")
 
 
 def reason(log: str) -> str:

@@ -3,13 +3,14 @@
     python -m benchmarks.rivals.report benchmarks/results/rivals-....json README.md docs/benchmarks.md
 
 A page's place is between the lines `<!-- rivals -->` and `<!-- end of rivals -->`; with `<!-- rivals: all -->` it is given the
-contexts, the batches and the versions too.
+contexts, the batches, the plots of plots.py and the versions too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -84,7 +85,8 @@ def share(record: dict[str, Any], work: str, rate: float, limits: dict[str, Any]
 # ---------------------------------------------------------------- tables
 
 
-def tables(results: dict[str, Any], everything: bool) -> str:
+def tables(results: dict[str, Any], plots: str | None) -> str:
+    """All of it where there is a place for plots, whose files' names start with ``plots``; else the standard works."""
     rows = results["rows"]
     limits = results["limits"]
     parts = [
@@ -96,10 +98,12 @@ def tables(results: dict[str, Any], everything: bool) -> str:
         title = SHAPES[shape].title
         if mine := only(rows, shape, "standard"):
             parts += ["", f"**{title}'s shape**", "", standard(mine)]
-        for kind, what in SWEEPS.items() if everything else ():
+            parts += ["", f"![{title}]({plots}-{shape}-standard.png)"] if plots else []
+        for kind, what in SWEEPS.items() if plots else ():
             if mine := only(rows, shape, kind):
                 parts += ["", f"**{title}'s shape**, {what}", "", sweep(mine)]
-    if everything:
+                parts += ["", f"![{title}, {what}]({plots}-{shape}-{kind}.png)"]
+    if plots:
         parts += ["", "Versions: " + "; ".join(versions(results["runs"])) + "."]
     return "\n".join(parts) + "\n"
 
@@ -165,9 +169,11 @@ def versions(records: Sequence[dict[str, Any]]) -> list[str]:
     return sorted({f"{name} {version}" for record in records for name, version in record.get("versions", {}).items()})
 
 
-def insert(page: str, results: dict[str, Any]) -> str:
+def insert(page: str, results: dict[str, Any], plots: str) -> str:
     """The page with the tables in its place."""
-    return PLACE.sub(lambda place: f"{place['start']}\n{tables(results, bool(place['all']))}\n{place['end']}", page)
+    return PLACE.sub(
+        lambda place: f"{place['start']}\n{tables(results, plots if place['all'] else None)}\n{place['end']}", page
+    )
 
 
 def main() -> None:
@@ -177,9 +183,10 @@ def main() -> None:
     options = parser.parse_args()
     results = json.loads(options.results.read_text(encoding="utf-8"))
     for page in options.pages:
-        page.write_text(insert(page.read_text(encoding="utf-8"), results), encoding="utf-8")
+        plots = os.path.relpath(options.results.with_suffix(""), page.parent)
+        page.write_text(insert(page.read_text(encoding="utf-8"), results, plots), encoding="utf-8")
     if not options.pages:
-        print(tables(results, everything=True))
+        print(tables(results, str(options.results.with_suffix(""))))
 
 
 if __name__ == "__main__":
