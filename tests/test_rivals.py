@@ -214,7 +214,7 @@ def test_a_rival_that_is_not_installed_is_refused_with_a_sentence(tmp_path, monk
     (entry,) = run.entries(["llama_cpp.q4_0"], ["1b"], ["standard"])
     assert entry.refusal() == "not installed: `make rivals` does it"
     environments.folder("llama_cpp").mkdir(parents=True)
-    (environments.folder("llama_cpp") / "failed.txt").write_text(environments.reason("Collecting\nERROR: no wheel\nhint"))
+    (environments.folder("llama_cpp") / "failed.txt").write_text(common.last_error("Collecting\nERROR: no wheel\nhint"))
     assert entry.refusal() == "not installed: ERROR: no wheel"
 
 

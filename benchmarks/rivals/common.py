@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -170,9 +171,17 @@ def convert(job: Job, name: str, command: list[str]) -> Path:
             check=False,
         )  # fmt: skip
         if done.returncode:
-            raise RuntimeError(f"its converter failed: {done.stdout.strip().splitlines()[-1]}")
+            raise RuntimeError(f"its converter failed: {last_error(done.stdout)}")
         beside.rename(target)
     return target
+
+
+def last_error(log: str) -> str:
+    """The last line that speaks of an error; the last one where none does."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return next(
+        (line for line in reversed(lines) if re.search(r"error|assert", line, re.IGNORECASE)), (lines or ["no output"])[-1]
+    )
 
 
 def files_size(folder: Path, pattern: str) -> int:

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from .common import HOME
+from .common import HOME, last_error
 
 REQUIREMENTS = Path(__file__).parent / "requirements"
 # What a package brings along and must go again: PyPI's torchvision is a CUDA build, which breaks imports beside a CPU PyTorch.
@@ -55,15 +55,9 @@ def build(name: str) -> None:
             *([str(python(name)), "-m", "pip", "uninstall", "--yes", package] for package in UNWANTED.get(name, ())),
         ):
             if subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode:
-                (here / "failed.txt").write_text(reason(log.read_text(encoding="utf-8")), encoding="utf-8")
+                (here / "failed.txt").write_text(last_error(log.read_text(encoding="utf-8")), encoding="utf-8")
                 return
     (here / "installed.txt").write_text(versions, encoding="utf-8")
-
-
-def reason(log: str) -> str:
-    """The last error that pip printed."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if line.lower().startswith("error")), lines[-1] if lines else "no output")
 
 
 def main() -> None:

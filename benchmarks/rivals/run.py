@@ -27,7 +27,7 @@ from fastllm.measure.limits import limits
 from fastllm.measure.report import write_json
 
 from . import environments, make_models
-from .common import SHAPES, Job, Variant, Work, cpu_time, others_share
+from .common import SHAPES, Job, Variant, Work, cpu_time, last_error, others_share
 from .report import DISTURBED, summarise
 
 ROOT = Path(__file__).parents[2]
@@ -77,8 +77,7 @@ class Entry:
         try:
             return json.loads(done.stdout)  # type: ignore[no-any-return]
         except json.JSONDecodeError:
-            last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-            return {"error": f"ended with status {done.returncode}: {last}"}
+            return {"error": f"ended with status {done.returncode}: {last_error(done.stderr)}"}
 
 
 def entries(rivals: Sequence[str], shapes: Sequence[str], works: Sequence[str]) -> list[Entry]:
