@@ -106,6 +106,15 @@ def test_rates_count_prompts_or_steps_never_both(monkeypatch):
     assert common.measure(engine, "1b", common.Work(128, 10, batch=4))["tok_s"] == 8.0
 
 
+def test_every_batch_is_warmed_up_before_it_is_timed(monkeypatch):
+    engine, seen = Clock(monkeypatch), []
+    generate = engine.generate
+    monkeypatch.setattr(engine, "generate", lambda p, n, tick: (seen.append((len(p[0]), len(p), n)), generate(p, n, tick))[1])
+    works = (common.Work(512), common.Work(128, 64), common.Work(2048, 64), common.Work(128, 64, batch=4))
+    common.run_job(lambda job: engine, common.Job("1b", "q4_0", 2, works))
+    assert seen[:4] == [(512, 1, 0), (128, 1, 8), (128, 4, 8), (512, 1, 0)]
+
+
 def test_time_of_others_is_what_is_busy_and_not_ours():
     assert common.others_share((0, 0, 0.0), (200, 150, 100.0)) == 0.25
     assert common.others_share((0, 0, 0.0), (200, 100, 103.0)) == 0.0

@@ -250,7 +250,9 @@ def measure(engine: Engine, shape: str, work: Work) -> dict[str, Any]:
 
 def run_job(load: Callable[[Job], Engine], job: Job) -> dict[str, Any]:
     engine = load(job)
-    for work in job.works[:2]:  # warm up: buffers, what is compiled or prepared for a length at its first sight
+    batches = {work.batch: work for work in reversed(job.works)}  # the first work of each batch
+    # Warm up: buffers, and what is compiled at the first sight of a batch. Long contexts bring nothing new but their length.
+    for work in dict.fromkeys((*job.works[:2], *batches.values())):
         engine.generate(prompt_ids(job.shape, work), min(work.new_tokens, 8), lambda: None)
     works = [measure(engine, job.shape, work) for work in job.works]
     return {"works": works, "weights_bytes": engine.weights_bytes, "peak_rss_mib": peak_rss_mib()}
