@@ -8,7 +8,7 @@ NAME, ENVIRONMENT = "fastllm", None  # None: the Python that runs the harness
 VARIANTS = {
     f"{form}_{activations}": Variant(
         source=form,
-        weights=f"int{bits}, group 32; {activations} activations",
+        weights=f"int{bits}, group 32; {activations} activations, fp16 cache",  # as llama.cpp keeps it
         bits=bits,
         layer_bytes=size,
         head_bytes=size,
@@ -30,11 +30,11 @@ class FastLLM:
         variant = VARIANTS[job.variant]
         path = job.model / f"{variant.source}.gguf"
         self.weights_bytes = path.stat().st_size
-        self.llama = fastllm.load(path, context=job.capacity, **variant.settings).llama
+        self.llama = fastllm.load(path, context=job.capacity, cache_dtype=torch.float16, **variant.settings).llama
 
     def generate(self, prompts: list[list[int]], new_tokens: int, tick: Tick) -> list[list[int]]:
         from fastllm.generation.decode import DecodeStep
-        from fastllm.generation.loop import prefill
+        from fastllm.generation.prefill import prefill
 
         cache = self.llama.new_cache(len(prompts), len(prompts[0]) + new_tokens)
         steps = [prefill(self.llama, prompts, cache).argmax(-1).tolist()]

@@ -187,6 +187,7 @@ def main() -> None:
         "rounds": options.rounds,
         "limits": limit,
     }
+    options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"rivals-{machine}-{options.threads}-threads-{date}.json"
 
     def save(records: list[dict[str, Any]]) -> None:

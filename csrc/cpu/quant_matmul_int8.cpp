@@ -47,6 +47,11 @@ constexpr int kPrefetchBytes = 2048;  // how far ahead of the weights: a microse
 constexpr int64_t kMaxGroups = kInt8Segment / 32;  // in a segment
 // Tokens in a tile: as many as leave registers for the sums of 16 rows.
 constexpr int kTile = FASTLLM_ISA_LEVEL == 0 ? 1 : FASTLLM_ISA_LEVEL == 1 ? 4 : 8;
+// Of packed 4-bit weights on AVX2 one less: their nibbles take registers too.
+template <int kBits>
+constexpr int kPackedTile = FASTLLM_ISA_LEVEL == 1 && kBits == 4 ? 3 : kTile;
+// From more tokens on, unpacking to memory once costs less than unpacking in registers for each tile.
+constexpr int kUnpackTokens = 12;
 
 // ---------------------------------------------------------------- one step
 
@@ -331,7 +336,7 @@ void add_tiles(Segment& s, int64_t tokens) {
     s.sums += kTokens * kBlockRows;
     tokens -= kTokens;
   }
-  if constexpr (kTokens > 1) add_tiles<kBits, kTokens / 2, kUnpacked>(s, tokens);
+  if constexpr (kTokens > 1) add_tiles<kBits, kTokens == 3 ? 2 : kTokens / 2, kUnpacked>(s, tokens);
 }
 
 // Nibbles -> bytes, once for all tiles of a block.
@@ -359,7 +364,7 @@ void multiply_blocks(const QuantMatmulArgs& a, const int8_t* x, const Activation
   alignas(64) uint8_t unpacked[kBits == 4 ? kInt8Segment / kUnitColumns<4> * kUnpackedBytes : 1];
   const int64_t act_group = activation_group(a.group_size), act_groups = (a.K + act_group - 1) / act_group;
   const int64_t weight_groups = a.K / a.group_size, block_bytes = padded_k(a.K) * kBlockRows * a.bits / 8;
-  const bool unpack = kBits == 4 && tokens > kTile;
+  const bool unpack = kBits == 4 && tokens > kUnpackTokens;
   const bool has_offset = a.minimum != nullptr || a.zero != kCenter<kBits>;
   for (int64_t block = begin; block < end; ++block) {
     std::memset(sums, 0, static_cast<size_t>(tokens * kBlockRows) * sizeof(float));
@@ -392,7 +397,7 @@ void multiply_blocks(const QuantMatmulArgs& a, const int8_t* x, const Activation
           continue;
         }
       }
-      add_tiles<kBits, kTile, false>(s, tokens);
+      add_tiles<kBits, kPackedTile<kBits>, false>(s, tokens);
     }
     store_rows(a, first_token, tokens, block, sums, kBlockRows);
   }
