@@ -99,12 +99,17 @@ class FastllmEngine:
     def kernels(self) -> dict[str, str]:
         from .backends import cpu_module
 
-        module = cpu_module()
-        return (
-            {}
-            if module is None
-            else {name: f"cpu, {rung()}" for name, rung in sorted(module.kernels.items()) if name != "limits"}
-        )
+        module: Any = cpu_module()
+        if module is None:
+            return {}
+        recording = module.Recording()
+        recording.start()
+        try:
+            for tokens in (64, 1):  # as in prefill, as in a step
+                self.logits(torch.ones(1, tokens, dtype=torch.int64))
+        finally:
+            recording.stop()
+        return {name: f"cpu, {module.kernels[name]()}" for name in sorted(set(recording.kernels()))}
 
 
 class TransformersEngine:

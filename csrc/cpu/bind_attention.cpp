@@ -25,7 +25,7 @@ const float* scale_of(const TensorView& scale, int64_t S, int64_t (&strides)[2])
   return scale.as<const float>();
 }
 
-template <const KernelTable<AttentionArgs>& kernel>
+template <const KernelTable<AttentionArgs>& kernel, bool prefill>
 void attention(const TensorView& q, const TensorView& k, const TensorView& v, const std::optional<TensorView>& mask,
                const std::optional<TensorView>& kv_lens, const std::optional<TensorView>& sinks,
                const std::optional<TensorView>& k_scale, const std::optional<TensorView>& v_scale, const TensorView& o,
@@ -78,7 +78,7 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v, co
   a.scale = scale;
   a.softcap = softcap;
   a.threads = threads;
-  launch([a] { kernel(a); });
+  launch(prefill ? "attention_prefill" : "attention_decode", [a] { kernel(a); });
 }
 
 }  // namespace
@@ -87,8 +87,8 @@ void bind_attention(py::module_& m) {
   const char* doc =
       "(q, k, v, mask, kv_lens, sinks, k_scale, v_scale, o, causal, scale, window, softcap, threads): fills o; 0 is "
       "none";
-  m.def("attention_prefill", &attention<attention_prefill_kernel>, doc);
-  m.def("attention_decode", &attention<attention_decode_kernel>, doc);
+  m.def("attention_prefill", &attention<attention_prefill_kernel, true>, doc);
+  m.def("attention_decode", &attention<attention_decode_kernel, false>, doc);
   declare_rungs(m, "attention_prefill", attention_prefill_kernel);
   declare_rungs(m, "attention_decode", attention_decode_kernel);
 }

@@ -29,7 +29,7 @@ void bind_cross_entropy(py::module_& m) {
         a.ignore_index = ignore_index;
         a.softcap = softcap;
         a.threads = threads;
-        launch([a] { cross_entropy_kernel(a); });
+        launch("cross_entropy", [a] { cross_entropy_kernel(a); });
       },
       "(logits, target, state, loss, first, softcap, ignore_index, threads): takes columns first and on of the "
       "vocabulary into state; fills loss, if given, once these were the last");

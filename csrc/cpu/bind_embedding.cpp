@@ -42,7 +42,7 @@ void bind_embedding(py::module_& m) {
         a.bits = bits;
         a.zero = zero;
         a.threads = threads;
-        launch([a] { embedding_kernel(a); });
+        launch("embedding", [a] { embedding_kernel(a); });
       },
       "(ids, data, scale, minimum, y, N, K, bits, group_size, zero, threads): fills y");
   declare_rungs(m, "embedding", embedding_kernel);

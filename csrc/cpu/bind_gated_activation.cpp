@@ -28,7 +28,7 @@ void bind_gated_activation(py::module_& m) {
         a.rows = a.I ? y.numel() / a.I : 0;
         a.activation = gelu_tanh ? Activation::gelu_tanh : Activation::silu;
         a.threads = threads;
-        launch([a] { gated_activation_kernel(a); });
+        launch("gated_activation", [a] { gated_activation_kernel(a); });
       },
       "(gate, up, y, gelu_tanh, threads): fills y; without up, gate's rows are [gate | up]");
   declare_rungs(m, "gated_activation", gated_activation_kernel);

@@ -76,7 +76,7 @@ void bind_quant_matmul(py::module_& m) {
         a.bits = bits;
         a.zero = zero;
         a.threads = threads;
-        launch([a, int8_activations]() mutable {
+        launch(int8_activations ? "quant_matmul int8" : "quant_matmul float", [a, int8_activations]() mutable {
           Scratch scratch(int8_activations ? quant_matmul_int8_scratch(a.M, a.K)
                                            : quant_matmul_float_scratch(a.M, a.K));
           a.scratch = scratch.get();

@@ -29,7 +29,7 @@ void bind_rms_norm(py::module_& m) {
         a.offset = offset;
         a.round_before_weight = round_before_weight;
         a.threads = threads;
-        launch([a] { rms_norm_kernel(a); });
+        launch("rms_norm", [a] { rms_norm_kernel(a); });
       },
       "(x, weight, residual, y, sum, eps, offset, round_before_weight, threads): fills y, and sum if given");
   declare_rungs(m, "rms_norm", rms_norm_kernel);

@@ -88,7 +88,7 @@ void bind_rotary(py::module_& m) {
         a.tensors[0] = rotary_tensor(q, q_out, true, false);
         a.tensors[1] = rotary_tensor(k, k_out, true, false);
         a.num_tensors = 2;
-        launch([a] { rotary_kernel(a); });
+        launch("rotary", [a] { rotary_kernel(a); });
       },
       "(q, k, cos, sin, q_out, k_out, interleaved, threads): fills q_out and k_out");
   m.def(
@@ -113,7 +113,7 @@ void bind_rotary(py::module_& m) {
         set_scale("k_scale", k_cache, k_scale, a.B * a.T, &a.tensors[1]);
         set_scale("v_scale", v_cache, v_scale, a.B * a.T, &a.tensors[2]);
         a.num_tensors = 3;
-        launch([a] { rotary_kernel(a); });
+        launch("rotary", [a] { rotary_kernel(a); });
       },
       "(q, k, v, cos, sin, q_out, k_cache, v_cache, positions, slots, k_scale, v_scale, interleaved, threads): fills "
       "q_out, writes k and "

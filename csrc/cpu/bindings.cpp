@@ -1,6 +1,8 @@
 // fastllm._cpu: Python's doors into the CPU kernels. The doors of each op stand in bind_<op>.cpp.
 #include "bindings.h"
 
+#include <chrono>
+
 #include "parallel.h"
 
 namespace fastllm::cpu {
@@ -63,11 +65,32 @@ PYBIND11_MODULE(_cpu, m) {
       .def("start", &Recording::start)
       .def_static("stop", &Recording::stop)
       .def("__len__", [](const Recording& recording) { return recording.calls.size(); })
-      .def("replay", [](const Recording& recording) {
-        py::gil_scoped_release release;
-        const OnPool threads;
-        for (const auto& call : recording.calls) call();
-      });
+      .def("replay",
+           [](const Recording& recording) {
+             py::gil_scoped_release release;
+             const OnPool threads;
+             for (const auto& call : recording.calls) call.run();
+           })
+      .def("kernels",
+           [](const Recording& recording) {
+             std::vector<const char*> names;
+             for (const auto& call : recording.calls) names.push_back(call.kernel);
+             return names;
+           })
+      .def(
+          "timed_replay",
+          [](const Recording& recording) {
+            using Clock = std::chrono::steady_clock;
+            std::vector<std::pair<const char*, double>> took;
+            const OnPool threads;
+            for (const auto& call : recording.calls) {
+              const Clock::time_point start = Clock::now();
+              call.run();
+              took.emplace_back(call.kernel, std::chrono::duration<double>(Clock::now() - start).count());
+            }
+            return took;
+          },
+          "replay(), and each call's kernel and seconds");
   bind_attention(m);
   bind_cross_entropy(m);
   bind_embedding(m);

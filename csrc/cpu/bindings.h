@@ -19,7 +19,11 @@ namespace py = pybind11;
 // The kernel calls of one stretch of Python, to be made again without Python: a decode step calls the same kernels on
 // the same memory every time, and reads what changes (ids, positions, lengths) from that memory.
 struct Recording {
-  std::vector<std::function<void()>> calls;
+  struct Call {
+    const char* kernel;  // as declare_rungs names it
+    std::function<void()> run;
+  };
+  std::vector<Call> calls;
   std::vector<py::object> tensors;  // everything that crossed the boundary meanwhile: the calls point into it
 
   void start() {
@@ -39,8 +43,8 @@ struct Recording {
 // What an op's door does last: runs the kernel without Python's lock, and writes the call down if this thread records.
 // `call` owns its arguments and what scratch memory it needs.
 template <typename Call>
-void launch(Call call) {
-  if (Recording* recording = Recording::active()) recording->calls.emplace_back(call);
+void launch(const char* kernel, Call call) {
+  if (Recording* recording = Recording::active()) recording->calls.push_back({kernel, call});
   py::gil_scoped_release release;
   call();
 }

@@ -42,7 +42,7 @@ template <int kBits>
 constexpr int kCenter = 1 << (kBits - 1);
 constexpr int kUnitsAStep = 4;  // of 4-bit weights: the 32 columns that sums of 16 bits can hold
 
-constexpr int kPrefetchBytes = 2048;  // how far ahead of the weights: a microsecond's worth, nearly
+constexpr int kPrefetchBytes = 4096;  // how far ahead of the weights
 
 constexpr int64_t kMaxGroups = kInt8Segment / 32;  // in a segment
 // Tokens in a tile: as many as leave registers for the sums of 16 rows.

@@ -57,6 +57,7 @@ class DecodeStep:
         self._places = Places(torch.zeros_like(self._ids), torch.zeros_like(self._ids[:, :runs]), cache.capacity)
         self._logits: Tensor | None = None
         self._replay: Callable[[], Any] | None = None
+        self._timed_replay: Callable[[], list[tuple[str, float]]] | None = None  # of a recording alone
         self._record = {"cpu": self._record_calls, "cuda": self._warm_up}.get(model.device.type, self._compute)
 
     @torch.inference_mode()
@@ -71,6 +72,19 @@ class DecodeStep:
             return self._logits
         self._logits = self._record()
         return self._logits
+
+    def timed(self, ids: Sequence[int] | Sequence[Sequence[int]]) -> tuple[Tensor, list[tuple[str, float]]]:
+        """A replayed step that tells each call's kernel and its seconds, in order. Raises RuntimeError where steps are not replayed
+        from a recording: before the second step, on a GPU, where PyTorch has a part in them."""
+        if self._timed_replay is None:
+            raise RuntimeError("decode: this step has no recording to time, expected a second step of kernels alone")
+        calls: list[tuple[str, float]] = []
+        timed, replay = self._timed_replay, self._replay
+        self._replay = lambda: calls.extend(timed())
+        try:
+            return self(ids), calls
+        finally:
+            self._replay = replay
 
     def _compute(self) -> Tensor:
         return self._model.head(self._model.hidden_states(self._ids, self._cache, self._places).flatten(0, 1))
@@ -88,7 +102,7 @@ class DecodeStep:
         finally:
             recording.stop()
         if len(recording) == self._model.kernel_calls:
-            self._replay = recording.replay
+            self._replay, self._timed_replay = recording.replay, recording.timed_replay
         return logits
 
     def _warm_up(self) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +20,7 @@ SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LINE_ROWS = 16  # rows in a block of the "x16" layout: the fp32 lanes of a 512-bit register
 LINE_BYTES = 64  # one cache line, one 512-bit register
 K_MULTIPLE = 8  # columns in a 4-bit line; 8-bit weights are padded to the same multiple so that one loop serves both
+HUGE_PAGE = 2 << 20
 PACK_ROWS = 1024  # rows converted at a time: bounds what a change of layout needs beside the result
 
 
@@ -150,7 +154,7 @@ class QuantizedTensor:
             return self
         n, k = self.shape
         blocks = -(-n // LINE_ROWS)
-        data = self.data.new_empty((blocks, _lines(k, self.bits), LINE_BYTES))
+        data = _empty_bytes((blocks, _lines(k, self.bits), LINE_BYTES), self.data.device)
         for start in range(0, n, PACK_ROWS):
             rows = self.data[start : start + PACK_ROWS]
             first, count = start // LINE_ROWS, -(-rows.shape[0] // LINE_ROWS)
@@ -304,6 +308,20 @@ def _check_tensor(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dt
         raise shape_error(op, name, tensor.shape, str(shape))
     if not tensor.is_contiguous():
         raise value_error(op, f"stride of {name}", tensor.stride(), "a contiguous tensor")
+
+
+def _empty_bytes(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """uint8, large ones in pages of 2 MiB where Linux gives them to who asks: a step reads all weights once, and in pages of 4 KiB
+    it waits for addresses. The end that fills no such page has small ones, and costs no more memory than it needs."""
+    size = math.prod(shape)
+    if device.type != "cpu" or size < 2 * HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=torch.uint8, device=device)
+    memory = mmap.mmap(-1, size + HUGE_PAGE)
+    all_of_it = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -all_of_it.data_ptr() % HUGE_PAGE
+    with contextlib.suppress(OSError):  # a kernel that has none
+        memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)
+    return all_of_it[start : start + size].view(shape)
 
 
 def _lines(k: int, bits: int) -> int:
