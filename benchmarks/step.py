@@ -1,0 +1,95 @@
+"""Where the time of a decode step goes: each kernel's share, what Python and PyTorch take around them, bytes a second.
+
+    python benchmarks/step.py MODEL [--activations int8] [--cache int8] [--prompt 128] [--steps 64] [--json FILE]
+
+Steps as they are served alternate with steps whose calls are timed one by one; the difference between the two is what the clock costs.
+Figures are medians over the steps. Weights are counted once a step, scales included, in the share of the measured read bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import fastllm
+from fastllm.backends import info
+from fastllm.generation.decode import DecodeStep
+from fastllm.generation.prefill import prefill
+from fastllm.measure.limits import limits
+
+
+def weight_bytes(llama) -> int:
+    """That a step reads: every matrix once."""
+    matrices = [matrix for layer in llama.weights.layers for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    return sum(matrix.nbytes for matrix in (*matrices, llama.weights.head))
+
+
+@torch.inference_mode()
+def measure(llama, prompt: int, steps: int) -> dict[str, object]:
+    cache = llama.new_cache(1, prompt + 2 * steps + 1)
+    token = int(prefill(llama, [[1] * prompt], cache)[0].argmax())
+    step = DecodeStep(llama, cache)
+    whole: list[float] = []
+    inside: list[float] = []
+    kernels = defaultdict(list)
+    for i in range(2 * steps + 1):
+        start = time.perf_counter()
+        logits, calls = (step([token]), None) if i % 2 == 0 else step.timed([token])
+        token = int(logits[0].argmax())
+        took = time.perf_counter() - start
+        cache.lengths += 1
+        if i == 0:  # the one that was recorded
+            continue
+        if calls is None:
+            whole.append(took)
+            continue
+        for kernel in {name for name, _ in calls}:
+            kernels[kernel].append(sum(seconds for name, seconds in calls if name == kernel))
+        inside.append(sum(seconds for _, seconds in calls))
+    total, busy = statistics.median(whole), statistics.median(inside)
+    read = weight_bytes(llama)
+    return {
+        "tok_s": 1 / total,
+        "step_us": total * 1e6,
+        "outside_kernels": max(0.0, 1 - busy / total),
+        "kernels": {name: statistics.median(times) / busy for name, times in kernels.items()},
+        "weights_gb_s": read / total / 1e9,
+        "of_read_limit": read / total / (limits().read_memory * 1e9),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="GGUF file, or Hugging Face directory")
+    parser.add_argument("--activations", choices=("float", "int8"), default="int8")
+    parser.add_argument("--cache", choices=("float32", "bfloat16", "float16", "int8"), default="float32")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens before the first step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=64, help="of each kind (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures here")
+    options = parser.parse_args()
+    context = options.prompt + 2 * options.steps + 1
+    model = fastllm.load(
+        options.model, activations=options.activations, cache_dtype=getattr(torch, options.cache), context=context
+    )
+    figures = measure(model.llama, options.prompt, options.steps)
+    print(
+        f"{figures['tok_s']:.1f} tokens/s, {figures['step_us']:.0f} us a step, {figures['outside_kernels']:.1%} of it outside kernels; "
+        f"weights at {figures['weights_gb_s']:.1f} GB/s, {figures['of_read_limit']:.0%} of the read limit"
+    )
+    for name, share in sorted(figures["kernels"].items(), key=lambda item: -item[1]):
+        print(f"  {name:<20}{share:6.1%}")
+    if options.json:
+        Path(options.json).write_text(json.dumps({**vars(options), **figures, "machine": info()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
