@@ -38,11 +38,12 @@ void copy_row(const float* from, float* to, int64_t n) {
   }
 }
 
-// What the arithmetic loop multiplies. kOperations: multiplications and additions of one dot().
+// What the arithmetic loop multiplies. kOperations: multiplications and additions of one dot(). kRows: of its tile.
 struct Fp32 {
   using Operand = vf;
   using Sum = vf;
   static constexpr int64_t kOperations = 2 * kWidth;
+  static constexpr int kRows = 4;
   FASTLLM_INLINE Sum zeros() { return zero(); }
   FASTLLM_INLINE Operand at(const float* p) { return load(p); }
   FASTLLM_INLINE Sum dot(Operand x, Operand y, Sum sum) { return fmadd(x, y, sum); }
@@ -56,6 +57,7 @@ struct Int8 {
   using Operand = __m512i;
   using Sum = __m512i;
   static constexpr int64_t kOperations = 2 * 64;
+  static constexpr int kRows = 4;
   FASTLLM_INLINE Sum zeros() { return _mm512_setzero_si512(); }
   FASTLLM_INLINE Operand at(const float* p) { return _mm512_loadu_si512(p); }
   FASTLLM_INLINE Sum dot(Operand x, Operand y, Sum sum) {
@@ -73,6 +75,7 @@ struct Int8 {
   using Operand = __m256i;
   using Sum = __m256i;
   static constexpr int64_t kOperations = 2 * 32;
+  static constexpr int kRows = 3;
   FASTLLM_INLINE Sum zeros() { return _mm256_setzero_si256(); }
   FASTLLM_INLINE Operand at(const float* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   FASTLLM_INLINE Sum dot(Operand x, Operand y, Sum sum) {
@@ -86,6 +89,7 @@ struct Int8 {
   using Operand = uint32_t;  // one byte, widened
   using Sum = uint32_t;      // unsigned, because it wraps
   static constexpr int64_t kOperations = 2;
+  static constexpr int kRows = 4;
   FASTLLM_INLINE Sum zeros() { return 0; }
   FASTLLM_INLINE Operand at(const float* p) { return *reinterpret_cast<const unsigned char*>(p); }
   FASTLLM_INLINE Sum dot(Operand x, Operand y, Sum sum) { return sum + x * y; }
@@ -109,6 +113,7 @@ struct Bf16 {
   using Operand = __m512bh;
   using Sum = __m512;
   static constexpr int64_t kOperations = 2 * 32;
+  static constexpr int kRows = 4;
   FASTLLM_INLINE Sum zeros() { return _mm512_setzero_ps(); }
   FASTLLM_INLINE Operand at(const float* p) { return (__m512bh)_mm512_loadu_si512(p); }
   FASTLLM_INLINE Sum dot(Operand x, Operand y, Sum sum) { return _mm512_dpbf16_ps(sum, x, y); }
@@ -117,8 +122,8 @@ struct Bf16 {
 };
 #endif
 
-// s[i][j] += x[i] * y[j], 4 x 3, spelled out so that all twelve sums stay in registers with every compiler. Returns the
-// operations done.
+// s[i][j] += x[i] * y[j], 4 x 3, spelled out so that all twelve sums stay in registers with every compiler; 3 x 3 where
+// a product needs a register of its own and there are 16. Returns the operations done.
 template <typename T>
 int64_t tile_steps(const float* tiles, int64_t steps, float* out) {
   typename T::Sum s00 = T::zeros(), s01 = s00, s02 = s00, s10 = s00, s11 = s00, s12 = s00;
@@ -133,14 +138,16 @@ int64_t tile_steps(const float* tiles, int64_t steps, float* out) {
     s10 = T::dot(v, y0, s10), s11 = T::dot(v, y1, s11), s12 = T::dot(v, y2, s12);
     v = T::at(x + 2 * kWidth);
     s20 = T::dot(v, y0, s20), s21 = T::dot(v, y1, s21), s22 = T::dot(v, y2, s22);
-    v = T::at(x + 3 * kWidth);
-    s30 = T::dot(v, y0, s30), s31 = T::dot(v, y1, s31), s32 = T::dot(v, y2, s32);
+    if constexpr (T::kRows == 4) {
+      v = T::at(x + 3 * kWidth);
+      s30 = T::dot(v, y0, s30), s31 = T::dot(v, y1, s31), s32 = T::dot(v, y2, s32);
+    }
   }
   const typename T::Sum first = T::add(T::add(s00, s01), T::add(s02, s10));
   const typename T::Sum second = T::add(T::add(s11, s12), T::add(s20, s21));
   const typename T::Sum third = T::add(T::add(s22, s30), T::add(s31, s32));
   *out = T::total(T::add(first, T::add(second, third)));
-  return steps * 12 * T::kOperations;
+  return steps * 3 * T::kRows * T::kOperations;
 }
 
 // One thread's share: streams its own row, or runs the arithmetic loop on the shared tiles.

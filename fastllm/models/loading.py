@@ -147,6 +147,7 @@ class _Builder:
         )
 
     def layer(self, at: str) -> Layer:
+        _give_back_freed_memory()  # of the layer before: blocks of some MiB would stay, and add up to a fifth of a 1B model
         qkv = [f"{at}self_attn.{name}_proj" for name in "qkv"]
         return Layer(
             attention_norm=self.vector(at + "input_layernorm.weight"),
