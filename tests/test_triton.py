@@ -91,7 +91,7 @@ WRONG = [
         "attention",
         "v's scale is the next token's",
         "p *= (scale",
-        "n = tl.arange(0, BLOCK_N)\n            p *= (tl.gather(scale, (n + 1) % BLOCK_N, 0)",
+        "n = tl.arange(0, BLOCK_N)\n        p *= (tl.gather(scale, (n + 1) % BLOCK_N, 0)",
     ),
     ("attention", "weights of int8 stay 64 times too large", "acc *= 1.0 / 64.0", "acc *= 1.0"),
     ("attention", "fp16 loses small weights of int8", "(scale * 64.0)", "(scale * 0.015625)"),
