@@ -144,5 +144,8 @@ inline __m512 fmaddsub_ps(__m512 a, __m512 b, __m512 c) {
 #undef _mm512_maskz_loadu_ps
 #define _mm512_maskz_loadu_ps(mask, p) ::emulated::masked_load<float, __m512>(mask, p)
 #define _mm256_maskz_loadu_epi16(mask, p) ::emulated::masked_load<int16_t, __m256i>(mask, p)
+#define _mm_maskz_loadu_epi8(mask, p) ::emulated::masked_load<int8_t, __m128i>(mask, p)
 #define _mm512_mask_storeu_ps(p, mask, a) ::emulated::masked_store<float>(p, mask, a)
 #define _mm256_mask_storeu_epi16(p, mask, a) ::emulated::masked_store<int16_t>(p, mask, a)
+#undef _mm_mask_storeu_epi8
+#define _mm_mask_storeu_epi8(p, mask, a) ::emulated::masked_store<int8_t>(p, mask, a)
