@@ -239,9 +239,9 @@ def test_the_loops_do_what_they_are_counted_for(isa):
         assert target.equal(source)
         lanes = {"scalar": 1, "avx2": 8}.get(isa, 16)
         assert module.limit_loop("fp32", source, target, tiles, 5) == 2 * 5 * 12 * 2 * lanes
-        products = 2 * 5 * (9 if isa == "avx2" else 12) * (4 * lanes if lanes > 1 else 1)
-        assert module.limit_loop("int8", source, target, tiles, 5) == 2 * products
-        assert module.limit_loop("int4", source, target, tiles, 5) == 2 * products
+        bytes_a_lane = 4 * lanes if lanes > 1 else 1
+        assert module.limit_loop("int8", source, target, tiles, 5) == 2 * 5 * 12 * 2 * bytes_a_lane
+        assert module.limit_loop("int4", source, target, tiles, 5) == 2 * 5 * (9 if isa == "avx2" else 12) * 2 * bytes_a_lane
         assert (module.limit_loop("bf16", source, target, tiles, 5) > 0) == (isa == "avx512_bf16")
 
 

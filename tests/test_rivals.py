@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is no part of 
 from benchmarks.rivals import common, environments, make_models, report, run
 
 TINY = common.Shape("tiny", 64, 2, 4, 2, 32, 96, 512, 10000.0, False, max_position_embeddings=128)
-LIMITS = {"isa": "avx2", "read_memory": 20.0, "int8": 500.0}
+LIMITS = {"isa": "avx2", "read_memory": 20.0, "int8": 500.0, "int4": 500.0}
 
 
 @pytest.fixture(scope="module")

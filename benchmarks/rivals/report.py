@@ -72,14 +72,15 @@ def ratio_to_best(row: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> floa
 
 def share(record: dict[str, Any], work: str, rate: float, limits: dict[str, Any]) -> float:
     """Decode: bytes of all weights that a step reads, of the read bandwidth. Prefill: multiplications and additions with the
-    weights, of the int8 dot product's peak."""
+    weights, of the peak of byte dot products, or of bytes by 4 bits, which is higher where there is no VNNI."""
     shape = SHAPES[record["shape"]]
     if work.startswith("decode"):
         batch = int(work.partition("batch ")[2] or 1)
         read = shape.layer_weights * record["layer_bytes"] + shape.head_weights * record["head_bytes"]
         return rate / batch * read / (limits["read_memory"] * 1e9)
     tokens = int(work.removeprefix("prefill "))
-    return rate * 2 * (shape.layer_weights + shape.head_weights / tokens) / (limits["int8"] * 1e9)
+    peak = limits["int4" if record["bits"] == 4 else "int8"]
+    return rate * 2 * (shape.layer_weights + shape.head_weights / tokens) / (peak * 1e9)
 
 
 # ---------------------------------------------------------------- tables
@@ -89,10 +90,11 @@ def tables(results: dict[str, Any], plots: str | None) -> str:
     """All of it where there is a place for plots, whose files' names start with ``plots``; else the standard works."""
     rows = results["rows"]
     limits = results["limits"]
+    rounds = "one round" if results["rounds"] == 1 else f"medians of {results['rounds']} interleaved rounds"
     parts = [
         f"{results['machine']['processor']} ({limits['isa']}), {results['threads']} threads, {results['date']}, commit "
-        f"{results['commit']}; medians of {results['rounds']} interleaved rounds. Measured limits: {limits['read_memory']:.1f} GB/s "
-        f"read from memory, {limits['int8']:.0f} GOP/s int8 dot products. Random weights in the models' shapes."
+        f"{results['commit']}; {rounds}. Measured limits: {limits['read_memory']:.1f} GB/s "
+        f"read from memory, {limits['int8']:.0f} GOP/s int8 dot products, {limits['int4']:.0f} of bytes by 4 bits. Random weights in the models' shapes."
     ]
     for shape in dict.fromkeys(row["shape"] for row in rows):
         title = SHAPES[shape].title
@@ -126,7 +128,7 @@ def standard(rows: Sequence[dict[str, Any]]) -> str:
     works = list(dict.fromkeys(row["work"] for row in rows))
     columns = ["engine", "weights"]
     for work in works:
-        limit = "read limit" if work.startswith("decode") else "int8 peak"
+        limit = "read limit" if work.startswith("decode") else "dot product peak"
         columns += [f"{work}, tokens/s", "min to max", "x best rival", f"of {limit}"]
     lines, reasons = [], []
     for (rival, _), by_work in contestants(rows).items():
