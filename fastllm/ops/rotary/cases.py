@@ -202,7 +202,8 @@ def _cases_cache() -> list[Case]:
         def add(name: str, *shape: int, bench: bool = False, _dtype: torch.dtype = dtype, **options: Any) -> None:
             B, H, Hk, T, D = shape
             R = options.get("R", D)
-            moved = 2 * B * (H + 2 * Hk) * T * D * _dtype.itemsize + 2 * T * R * 4
+            written = D + 4 if options.get("cache") == torch.int8 else D * (options.get("cache") or _dtype).itemsize
+            moved = B * T * ((2 * H + 2 * Hk) * D * _dtype.itemsize + 2 * Hk * written) + 2 * T * R * 4
             make = _inputs_cache(*shape, dtype=_dtype, **options)
             cases.append(Case(name, _dtype, make, moved, 3 * B * (H + Hk) * T * R, bench))
 
