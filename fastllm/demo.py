@@ -105,7 +105,7 @@ class FastllmEngine:
         recording = module.Recording()
         recording.start()
         try:
-            for tokens in (64, 1):  # as in prefill, as in a step
+            for tokens in (17, 1):  # as in prefill, as in a step; few, because a recording keeps all that passes through it
                 self.logits(torch.ones(1, tokens, dtype=torch.int64))
         finally:
             recording.stop()
