@@ -24,6 +24,7 @@ import fastllm
 from fastllm.backends import info
 from fastllm.generation.decode import DecodeStep
 from fastllm.generation.prefill import prefill
+from fastllm.generation.sampling import first_maxima
 from fastllm.measure.limits import limits
 
 
@@ -44,7 +45,7 @@ def measure(llama, prompt: int, steps: int) -> dict[str, object]:
     for i in range(2 * steps + 1):
         start = time.perf_counter()
         logits, calls = (step([token]), None) if i % 2 == 0 else step.timed([token])
-        token = int(logits[0].argmax())
+        token = first_maxima(logits)[0]
         took = time.perf_counter() - start
         cache.lengths += 1
         if i == 0:  # the one that was recorded

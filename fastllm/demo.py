@@ -75,6 +75,7 @@ class FastllmEngine:
     def decoder(self, ids: list[int]) -> Callable[[], int]:
         from .generation.decode import DecodeStep
         from .generation.prefill import prefill
+        from .generation.sampling import first_maxima
 
         llama = self.model.llama
         cache = llama.new_cache(1, len(ids) + DECODE_TOKENS + 1)
@@ -83,7 +84,7 @@ class FastllmEngine:
 
         def step() -> int:
             nonlocal token
-            token = int(decode([token])[0].argmax())
+            token = first_maxima(decode([token]))[0]
             cache.lengths += 1
             return token
 

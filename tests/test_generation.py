@@ -9,9 +9,9 @@ from copy import copy
 import pytest
 import torch
 
+from fastllm.backends import cpu_module
 from fastllm.generation.loop import generate_ids
-from fastllm.generation.prefill import PREFILL_CHUNK
-from fastllm.generation.sampling import Sampling, draw_index
+from fastllm.generation.sampling import Sampling, draw_index, first_maxima
 
 VOCAB = 32
 
@@ -32,6 +32,7 @@ class Counting:
 
     device = torch.device("cpu")
     kernel_calls = 3  # none of which it makes: its steps are not recordable
+    prefill_tokens = 128
 
     def query_runs(self, tokens):
         return 1
@@ -78,7 +79,10 @@ def test_the_context_ends_a_sequence():
     assert [s[1] for s in steps] == [[10], [11], [12], [13]]
 
 
-@pytest.mark.parametrize("length", [PREFILL_CHUNK - 1, PREFILL_CHUNK, PREFILL_CHUNK + 1, 2 * PREFILL_CHUNK + 3])
+@pytest.mark.parametrize(
+    "length",
+    [Counting.prefill_tokens - 1, Counting.prefill_tokens, Counting.prefill_tokens + 1, 2 * Counting.prefill_tokens + 3],
+)
 def test_prefill_in_chunks_sees_every_token_once_and_in_order(length):
     prompt = [i % VOCAB for i in range(length)]
     steps, model = run([prompt, prompt[:7]], context=5000, max_new_tokens=1)
@@ -225,3 +229,36 @@ def test_a_drawn_index_never_has_weight_zero():
     generator = torch.Generator().manual_seed(0)
     weights = torch.tensor([0.0, 1e-3, 0.0, 2e-3, 0.0])
     assert {draw_index(weights, generator) for _ in range(200)} == {1, 3}
+
+
+@pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 33, 1000])
+def test_first_maxima_are_argmax_with_ties_infinities_and_nan(columns):
+    generator = torch.Generator().manual_seed(columns)
+    logits = torch.randint(-3, 4, (200, columns), generator=generator).float()  # ties in every row
+    special = torch.rand(200, columns, generator=generator)
+    logits[special < 0.02] = -math.inf
+    logits[special > 0.99] = math.inf
+    logits[100:][special[100:] > 0.995] = math.nan
+    logits[-1] = -math.inf
+    for x in (logits, logits.bfloat16(), logits.t().contiguous().t(), -torch.zeros(3, columns)):
+        assert first_maxima(x) == x.argmax(-1).tolist()
+
+
+def test_tokens_are_placed_behind_each_sequence():
+    module = cpu_module()
+    lengths, last = torch.tensor([5, 0, 9]), torch.tensor([1, 2])
+    ids, positions = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.int64)
+    kv_lens = torch.zeros(3, 2, dtype=torch.int64)
+    module.place_tokens([1, 2, 3, 4, 5, 6], lengths, last, ids, positions, kv_lens)
+    assert ids.tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert positions.tolist() == [[5, 6], [0, 1], [9, 10]]
+    assert kv_lens.tolist() == [[6, 7], [1, 2], [10, 11]]
+    for wrong in (
+        ([1, 2, 3], lengths, last, ids, positions, kv_lens),
+        ([1, 2, 3, 4, 5, 6], lengths.float(), last, ids, positions, kv_lens),
+        ([1, 2, 3, 4, 5, 6], lengths, last, ids, positions, kv_lens[:, :1]),
+        ([1, 2, 3, 4, 5, 6], lengths, last, ids, positions[:, :1], kv_lens),
+        ([1, 2, 3, 4, 5, 6], lengths[:0], last, ids, positions, kv_lens),
+    ):
+        with pytest.raises(ValueError, match="decode"):
+            module.place_tokens(*wrong)

@@ -35,13 +35,14 @@ class FastLLM:
     def generate(self, prompts: list[list[int]], new_tokens: int, tick: Tick) -> list[list[int]]:
         from fastllm.generation.decode import DecodeStep
         from fastllm.generation.prefill import prefill
+        from fastllm.generation.sampling import first_maxima
 
         cache = self.llama.new_cache(len(prompts), len(prompts[0]) + new_tokens)
-        steps = [prefill(self.llama, prompts, cache).argmax(-1).tolist()]
+        steps = [first_maxima(prefill(self.llama, prompts, cache))]
         tick()
         step = DecodeStep(self.llama, cache)
         for _ in range(new_tokens):
-            steps.append(step(steps[-1]).argmax(-1).tolist())
+            steps.append(first_maxima(step(steps[-1])))
             cache.lengths += 1
             tick()
         return [list(tokens) for tokens in zip(*steps)]

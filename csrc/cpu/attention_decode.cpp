@@ -30,7 +30,7 @@ constexpr int kRows = 6, kChains = 24;
 #else
 constexpr int kRows = 4, kChains = 12;
 #endif
-constexpr int64_t kSplit = 256;                 // 64 KiB of K and V at D = 64 in bf16: about 5 us of reading
+constexpr int64_t kSplit = 128;                 // 32 KiB of K and V at D = 64 in bf16
 constexpr int64_t kRun = kWidth == 1 ? 8 : 32;  // one lane has no other lanes to share a sum with
 
 // p[r][0 .. Keys) = q[r] . k[.] ; rows of q are padded with zeros to whole vectors. Runs of kRun steps are summed by

@@ -1,4 +1,5 @@
-// fastllm._cpu: Python's doors into the CPU kernels. The doors of each op stand in bind_<op>.cpp.
+// fastllm._cpu: Python's doors into the CPU kernels. The doors of each op stand in bind_<op>.cpp, generation's in
+// bind_generation.cpp.
 #include "bindings.h"
 
 #include <chrono>
@@ -12,6 +13,7 @@ void bind_cross_entropy(py::module_& m);
 void bind_embedding(py::module_& m);
 void bind_limits(py::module_& m);
 void bind_gated_activation(py::module_& m);
+void bind_generation(py::module_& m);
 void bind_quant_matmul(py::module_& m);
 void bind_rms_norm(py::module_& m);
 void bind_rotary(py::module_& m);
@@ -96,6 +98,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_embedding(m);
   bind_limits(m);
   bind_gated_activation(m);
+  bind_generation(m);
   bind_quant_matmul(m);
   bind_rms_norm(m);
   bind_rotary(m);

@@ -33,14 +33,27 @@ namespace {
 struct Job {
   void (*body)(void*, int64_t, int64_t);
   void* context;
-  int64_t count, grain;
+  int64_t count, grain, threads;
   std::atomic<int64_t> next{0};
+
+  // Guided: half of a thread's fair share of what is left, so that the first chunks are long runs of memory and the
+  // last ones small enough for all to end together.
+  int64_t take(int64_t* size) {
+    int64_t begin = next.load(std::memory_order_relaxed), left;
+    do {
+      left = count - begin;
+      *size = left / (2 * threads) > grain ? left / (2 * threads) : grain;
+      if (*size > left) *size = left;
+    } while (left > 0 && !next.compare_exchange_weak(begin, begin + *size, std::memory_order_relaxed));
+    return begin;
+  }
 
   void work() {
     for (;;) {
-      const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
-      if (begin >= count) return;
-      body(context, begin, begin + grain < count ? begin + grain : count);
+      int64_t size;
+      const int64_t begin = take(&size);
+      if (size <= 0) return;
+      body(context, begin, begin + size);
     }
   }
 };
@@ -200,9 +213,9 @@ const bool ready = [] {
 
 void run_chunks(int64_t count, int64_t grain, int threads, void (*body)(void*, int64_t, int64_t), void* context) {
   if (grain < 1) grain = 1;
-  Job job{body, context, count, grain};
   const int64_t chunks = (count + grain - 1) / grain;
   if (threads > chunks) threads = static_cast<int>(chunks);
+  Job job{body, context, count, grain, threads < 1 ? 1 : threads};
   if (threads <= 1) {
     job.work();
   } else if (openmp_serves()) {

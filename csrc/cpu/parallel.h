@@ -5,9 +5,10 @@
 
 namespace fastllm::cpu {
 
-// Runs body(context, begin, end) over [0, count) in chunks of `grain`, on at most `threads` threads, and returns when
-// all are done. Threads take the next chunk from a counter, so a thread that another process holds up delays the others
-// by one chunk at most. The body must not throw. Results must not depend on which thread runs a chunk.
+// Runs body(context, begin, end) over [0, count) in chunks of at least `grain`, on at most `threads` threads, and
+// returns when all are done. Threads take chunks of what is left, long ones first, so a thread that another process
+// holds up delays the others by the chunk in its hand at most. The body must not throw. Results must not depend on
+// which thread runs a chunk, nor on where chunks begin.
 void run_chunks(int64_t count, int64_t grain, int threads, void (*body)(void* context, int64_t begin, int64_t end),
                 void* context);
 

@@ -420,10 +420,8 @@ void multiply(const QuantMatmulArgs& a) {
                               groups + t * act_groups);
       }
     });
-    // A chunk is worth waking a thread for (64 KiB from memory are about 5 us), and a thread that falls behind can
-    // leave the rest to the others.
     const int64_t block_work = padded_k(a.K) * a.bits * 2 * (tokens < 8 ? 1 : tokens / 4);
-    parallel_for(blocks, 1 + 65536 / block_work, a.threads,
+    parallel_for(blocks, 1 + 16384 / block_work, a.threads,
                  [&](int64_t begin, int64_t end) { multiply_blocks<kBits>(a, x, groups, first, tokens, begin, end); });
   }
 }

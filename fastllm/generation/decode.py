@@ -29,6 +29,10 @@ class Decoder(Protocol):
         """How many kernels hidden_states and head launch together if the compiled module serves every op."""
 
     @property
+    def prefill_tokens(self) -> int:
+        """Tokens of a prompt that are to go through hidden_states at once."""
+
+    @property
     def device(self) -> torch.device: ...
     def query_runs(self, tokens: int) -> int: ...
     def new_cache(self, batch: int, capacity: int) -> Any: ...
@@ -58,14 +62,22 @@ class DecodeStep:
         self._logits: Tensor | None = None
         self._replay: Callable[[], Any] | None = None
         self._timed_replay: Callable[[], list[tuple[str, float]]] | None = None  # of a recording alone
+        self._module: Any = cpu_module() if model.device.type == "cpu" else None
         self._record = {"cpu": self._record_calls, "cuda": self._warm_up}.get(model.device.type, self._compute)
 
     @torch.inference_mode()
     def __call__(self, ids: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        assert self._places.kv_lens is not None
-        self._ids.copy_(torch.tensor(ids).view(self._ids.shape))
-        self._places.positions.copy_(self._cache.lengths[:, None] + torch.arange(self._ids.shape[1]))
-        self._places.kv_lens.copy_(self._cache.lengths[:, None] + self._last)
+        flat: list[int] = []
+        for tokens in ids:
+            flat += [tokens] if isinstance(tokens, int) else tokens
+        places, lengths = self._places, self._cache.lengths
+        assert places.kv_lens is not None
+        if self._module is not None:
+            self._module.place_tokens(flat, lengths, self._last, self._ids, places.positions, places.kv_lens)
+        else:
+            self._ids.copy_(torch.tensor(flat).view(self._ids.shape))
+            places.positions.copy_(lengths[:, None] + torch.arange(self._ids.shape[1]))
+            places.kv_lens.copy_(lengths[:, None] + self._last)
         if self._replay is not None:
             self._replay()
             assert self._logits is not None
@@ -91,11 +103,10 @@ class DecodeStep:
 
     def _record_calls(self) -> Tensor:
         """Computes the step while the compiled module writes its calls down."""
-        module: Any = cpu_module()
         self._record = self._compute
-        if module is None:
+        if self._module is None:
             return self._compute()
-        recording = module.Recording()
+        recording = self._module.Recording()
         recording.start()
         try:
             logits = self._compute()

@@ -73,6 +73,7 @@ def _generate(
     alive = list(range(len(seen)))
     generator = sampling.generator()
     cache = model.new_cache(len(seen), capacity)
+    lengths = cache.lengths.numpy()  # the same memory: PyTorch would take tens of microseconds to write a number between steps
     steps: dict[int, DecodeStep] = {}  # by the number of tokens that they take of each sequence
     with torch.inference_mode():
         logits = prefill(model, prompts, cache)[:, None].cpu()  # (B, tokens, V), where the draws are made
@@ -99,11 +100,11 @@ def _generate(
             return
         # The last token of a sequence is not in the cache yet, nor is any guess that fell. A sequence that has ended goes on in the
         # batch, at the start of its slots: its output is never looked at.
-        cache.lengths.zero_()
+        lengths[:] = 0
         for b in alive:
-            cache.lengths[b] = len(seen[b]) - 1
+            lengths[b] = len(seen[b]) - 1
         drafts = [Draft() for _ in seen]
-        if drafter and int(cache.lengths.max()) + 1 + draft_tokens <= capacity:
+        if drafter and int(lengths.max()) + 1 + draft_tokens <= capacity:
             wanted = [0] * len(seen)
             for b in alive:
                 wanted[b] = min(draft_tokens, ends[b] - len(seen[b]) - 1)

@@ -10,10 +10,7 @@ from torch import Tensor
 
 from .decode import Decoder
 
-__all__ = ["PREFILL_CHUNK", "prefill"]
-
-# Tokens that go through the model at once: enough to keep matrix kernels busy, few enough that activations stay small.
-PREFILL_CHUNK = 128
+__all__ = ["prefill"]
 
 
 def prefill(model: Decoder, prompts: Sequence[Sequence[int]], cache: Any) -> Tensor:
@@ -21,11 +18,11 @@ def prefill(model: Decoder, prompts: Sequence[Sequence[int]], cache: Any) -> Ten
 
     One prompt after the other: none is padded to the longest, and each gets the keys and values that it would get alone.
     """
-    last = []
+    last, chunk = [], model.prefill_tokens
     for b, prompt in enumerate(prompts):
         row = cache.row(b)
-        for start in range(0, len(prompt), PREFILL_CHUNK):
-            ids = torch.tensor([prompt[start : start + PREFILL_CHUNK]], device=model.device)
+        for start in range(0, len(prompt), chunk):
+            ids = torch.tensor([prompt[start : start + chunk]], device=model.device)
             hidden = model.hidden_states(ids, row)[:, -1]
             row.lengths += ids.shape[1]
         last.append(hidden)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends import cpu_module
 from ..errors import value_error
 
-__all__ = ["Sampling", "draw_index", "nucleus"]
+__all__ = ["Sampling", "draw_index", "first_maxima", "nucleus"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Sampling:
     def draw(self, logits: Tensor, seen: Sequence[int], generator: torch.Generator) -> int:
         """The next token for logits (V,)."""
         if self.greedy:
-            return int(self._penalised(logits, seen).argmax())
+            return first_maxima(self._penalised(logits, seen))[0]
         tokens, p = self._support(logits, seen)
         at = draw_index(p, generator)
         return at if tokens is None else int(tokens[at])
@@ -95,6 +96,14 @@ class Sampling:
         if self.min_p:
             tokens, p = _narrowed(tokens, p, (p >= self.min_p * p.max()).nonzero()[:, 0])
         return tokens, p
+
+
+def first_maxima(logits: Tensor) -> list[int]:
+    """The first of the largest of each row of logits (..., V), as ``argmax`` has it, for less than PyTorch takes after a step."""
+    module = cpu_module()
+    if module is not None and logits.is_cpu and logits.dtype == torch.float32 and logits.is_contiguous():
+        return module.argmax(logits)  # type: ignore[no-any-return]
+    return logits.argmax(-1).flatten().tolist()  # type: ignore[no-any-return]
 
 
 def draw_index(weights: Tensor, generator: torch.Generator) -> int:

@@ -17,6 +17,7 @@ from ..backends import forced_backend
 from ..errors import type_error, value_error
 from ..ops._check import FLOATS
 from ..ops._explain import ops_reached
+from ..pages import HugePages
 from ..quant import quantize
 from .quant_linear import QuantLinear
 
@@ -430,7 +431,7 @@ class _Plan:
 
     def linears(self, weights: str, group_size: int, activations: str, head: bool) -> None:
         """Linear layers: a QuantLinear in each one's place."""
-        output = self.model.get_output_embeddings()
+        output, memory = self.model.get_output_embeddings(), HugePages()
         for name, module in self.model.named_modules():
             if type(module) is not nn.Linear:
                 continue
@@ -454,6 +455,8 @@ class _Plan:
             except ValueError as error:  # inf or nan in it
                 self.leave(name, "Linear", str(error))
                 continue
+            if weight.data.is_cpu:
+                weight = weight.pack(memory)
             quantised = QuantLinear(weight, module.bias, activations=activations).train(module.training)
             why = _no_kernel("quant_matmul", _probe(module.weight, 1, K), quantised.quantized, activations=activations)
             if why is not None:

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import math
-import mmap
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import torch
 
 from ..backends import cpu_module, info, use_isa
 from ..errors import value_error
+from ..pages import HugePages
 from .report import write_json
 
 __all__ = ["Caches", "GpuLimits", "Limits", "cache_file", "caches", "gpu_limits", "limits"]
@@ -165,11 +165,7 @@ def _ones(pieces: int, threads: int, size: int) -> torch.Tensor:
     """(pieces, threads, floats) of ones, size bytes in all, in huge pages where the system gives them: the limit is the
     memory's, not the page table's."""
     floats = max(size // 4 // threads // pieces // 128, 1) * 128
-    memory = mmap.mmap(-1, pieces * threads * floats * 4)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32).view(pieces, threads, floats).fill_(1.0)
+    return HugePages().zeros((pieces, threads, floats), torch.float32).fill_(1.0)
 
 
 def _measure(module: Any, isa: str, threads: int, seconds: float) -> Limits:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import dtype_error, value_error
 from ..nn.rope import rope_tables
+from ..pages import HugePages
 from ..quant import QuantizedTensor, cat_rows, quantize
 from .llama import Layer, Llama, Weight, Weights
 from .loaders import Checkpoint, ModelConfig, read_checkpoint
@@ -131,6 +132,7 @@ class _Builder:
         device: torch.device,
     ) -> None:
         self.tensors, self.config, self.bits, self.group_size, self.device = tensors, config, bits, group_size, device
+        self.memory = HugePages()  # of all packed matrices
         if dtype is None:
             stored = tensors["model.layers.0.self_attn.o_proj.weight"]
             quantised = isinstance(stored, QuantizedTensor) or bits is not None
@@ -174,6 +176,6 @@ class _Builder:
             parts = [p if isinstance(p, QuantizedTensor) else quantize(p, self.bits, self.group_size) for p in parts]
         quantised = [p for p in parts if isinstance(p, QuantizedTensor)]
         if len(quantised) == len(parts):
-            return (cat_rows(quantised) if len(parts) > 1 else quantised[0]).pack().to(self.device)
+            return (cat_rows(quantised) if len(parts) > 1 else quantised[0]).pack(self.memory).to(self.device)
         floats = [p.dequantize(self.dtype) if isinstance(p, QuantizedTensor) else p.to(self.dtype) for p in parts]
         return (torch.cat(floats) if len(floats) > 1 else floats[0].contiguous()).to(self.device)

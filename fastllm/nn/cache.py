@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import value_error
+from ..pages import HUGE_PAGE, HugePages
 
 __all__ = ["CachedLayer", "KVCache", "Places"]
 
@@ -75,10 +77,16 @@ class KVCache:
                 raise value_error("KVCache", name, value, "at least 1")
         shape = (batch, num_kv_heads, capacity, head_dim)
 
+        large = 2 * num_layers * math.prod(shape) * dtype.itemsize >= 2 * HUGE_PAGE
+        memory = HugePages() if large and torch.device(device).type == "cpu" else None
+
+        def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return memory.zeros(shape, dtype) if memory else torch.zeros(shape, dtype=dtype, device=device)
+
         # Zeroed, not merely reserved: a slot beyond a sequence's length is masked, but NaN times zero would still be NaN.
         def layer() -> CachedLayer:
-            keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-            scales = (torch.zeros(shape[:3], device=device) if dtype == torch.int8 else None for _ in range(2))
+            keys, values = (zeros(shape, dtype) for _ in range(2))
+            scales = (zeros(shape[:3], torch.float32) if dtype == torch.int8 else None for _ in range(2))
             return CachedLayer(keys, values, *scales)
 
         self.layers = [layer() for _ in range(num_layers)]

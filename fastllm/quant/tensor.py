@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fastllm.errors import dtype_error, shape_error, type_error, value_error
+from ..errors import dtype_error, shape_error, type_error, value_error
+from ..pages import HugePages
 
 __all__ = ["QuantizedTensor", "cat_rows", "store_integers"]
 
@@ -20,7 +18,6 @@ SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LINE_ROWS = 16  # rows in a block of the "x16" layout: the fp32 lanes of a 512-bit register
 LINE_BYTES = 64  # one cache line, one 512-bit register
 K_MULTIPLE = 8  # columns in a 4-bit line; 8-bit weights are padded to the same multiple so that one loop serves both
-HUGE_PAGE = 2 << 20
 PACK_ROWS = 1024  # rows converted at a time: bounds what a change of layout needs beside the result
 
 
@@ -148,13 +145,15 @@ class QuantizedTensor:
             grouped.add_(rows.minimum.to(work).unsqueeze(-1))
         return w.to(dtype)
 
-    def pack(self) -> QuantizedTensor:
-        """The same weight in layout "x16"; itself if it is there already."""
+    def pack(self, memory: HugePages | None = None) -> QuantizedTensor:
+        """The same weight in layout "x16", on the CPU in ``memory`` if it is given; itself if it is there already."""
         if self.layout == "x16":
             return self
         n, k = self.shape
         blocks = -(-n // LINE_ROWS)
-        data = _empty_bytes((blocks, _lines(k, self.bits), LINE_BYTES), self.data.device)
+        lines = (blocks, _lines(k, self.bits), LINE_BYTES)
+        memory = memory if self.data.device.type == "cpu" else None
+        data = memory.zeros(lines, torch.uint8) if memory else self.data.new_empty(lines)
         for start in range(0, n, PACK_ROWS):
             rows = self.data[start : start + PACK_ROWS]
             first, count = start // LINE_ROWS, -(-rows.shape[0] // LINE_ROWS)
@@ -167,8 +166,8 @@ class QuantizedTensor:
         return replace(
             self,
             data=data,
-            scale=_block_groups(self.scale),
-            minimum=None if self.minimum is None else _block_groups(self.minimum),
+            scale=_block_groups(self.scale, memory),
+            minimum=None if self.minimum is None else _block_groups(self.minimum, memory),
             layout="x16",
         )
 
@@ -310,20 +309,6 @@ def _check_tensor(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dt
         raise value_error(op, f"stride of {name}", tensor.stride(), "a contiguous tensor")
 
 
-def _empty_bytes(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """uint8, large ones in pages of 2 MiB where Linux gives them to who asks: a step reads all weights once, and in pages of 4 KiB
-    it waits for addresses. The end that fills no such page has small ones, and costs no more memory than it needs."""
-    size = math.prod(shape)
-    if device.type != "cpu" or size < 2 * HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=torch.uint8, device=device)
-    memory = mmap.mmap(-1, size + HUGE_PAGE)
-    all_of_it = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -all_of_it.data_ptr() % HUGE_PAGE
-    with contextlib.suppress(OSError):  # a kernel that has none
-        memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)
-    return all_of_it[start : start + size].view(shape)
-
-
 def _lines(k: int, bits: int) -> int:
     """Lines of 64 bytes in a block of 16 rows."""
     return -(-k // K_MULTIPLE) * K_MULTIPLE * bits // 32
@@ -354,13 +339,15 @@ def _deinterleave_nibbles(lines: Tensor) -> Tensor:
     return rows
 
 
-def _block_groups(values: Tensor) -> Tensor:
+def _block_groups(values: Tensor, memory: HugePages | None) -> Tensor:
     """(N, G) -> (N16, G, 16), missing rows 0."""
     n, groups = values.shape
-    blocks = -(-n // LINE_ROWS)
-    padded = values.new_zeros((blocks * LINE_ROWS, groups))
-    padded[:n] = values
-    return padded.view(blocks, LINE_ROWS, groups).transpose(1, 2).contiguous()
+    shape = (-(-n // LINE_ROWS), groups, LINE_ROWS)
+    out = memory.zeros(shape, values.dtype) if memory else values.new_zeros(shape)
+    whole = n // LINE_ROWS
+    out[:whole] = values[: whole * LINE_ROWS].view(whole, LINE_ROWS, groups).transpose(1, 2)
+    out[whole:, :, : n % LINE_ROWS] = values[whole * LINE_ROWS :].T
+    return out
 
 
 def _unblock_groups(values: Tensor, n: int) -> Tensor:
