@@ -1,0 +1,65 @@
+"""What each way to run a quantised model costs in accuracy, beside its speed: perplexity and KL on the real model.
+
+    python benchmarks/accuracy.py [MODEL] [--tokens 2048] [--json FILE]
+
+The same stored weights every time. Each row is compared with float activations and an fp32 cache, which `fastllm demo` compares with
+transformers in fp32. The text is fastllm/data/factbook.txt, in independent windows of 512 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import fastllm
+from fastllm.backends import info
+from fastllm.evaluation.quality import agreement, losses_of, perplexity, windows
+from fastllm.models.real_model import find
+
+CACHES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+WINDOW = 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="GGUF file, or Hugging Face directory (default: the real model of the tests)")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the text (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures here")
+    options = parser.parse_args()
+    model = fastllm.load(options.model or find(), context=WINDOW)
+    text = files("fastllm").joinpath("data/factbook.txt").read_text(encoding="utf-8")
+    texts = windows(model.tokenizer.encode(text, add_special_tokens=False), WINDOW, options.tokens)
+    trusted = [model.logits(ids)[0] for ids in texts]
+    rows = []
+    print(f"{'activations':<14}{'cache':<10}{'perplexity':>11}{'mean KL, nats':>15}{'top-1':>9}{'worst logit':>13}")
+    for activations in ("float", "int8"):
+        for cache in CACHES:
+            model.llama.activations, model.llama.cache_dtype = activations, cache
+            ours = [model.logits(ids)[0] for ids in texts]
+            rest = iter(ours)
+            found = {
+                "activations": activations,
+                "cache": str(cache).removeprefix("torch."),
+                "perplexity": perplexity(losses_of(lambda ids, rest=rest: next(rest)[None]), texts),
+                **agreement(iter(trusted), iter(ours)).as_dict(),
+            }
+            rows.append(found)
+            print(
+                f"{activations:<14}{found['cache']:<10}{found['perplexity']:>11.3f}{found['mean_kl']:>15.1e}"
+                f"{found['top1']:>9.2%}{found['max_logit_error']:>13.3f}",
+                flush=True,
+            )
+    if options.json:
+        kept = {"model": str(options.model or find().name), "tokens": options.tokens, "window": WINDOW, "rows": rows}
+        Path(options.json).write_text(json.dumps({**kept, "machine": info()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
