@@ -185,6 +185,18 @@ def test_rows_are_medians_with_ratios_of_the_same_rounds(played):
     assert rows["fastllm", "q4_0_int8", "prefill 512"]["vs_best_same_bits"] == 1.5
 
 
+def test_what_is_measured_again_replaces_what_a_file_has(played):
+    llama_cpp = run.entries(["llama_cpp.q4_0"], ["1b"], ["standard"])
+    kept = run.others_runs(played, llama_cpp)
+    assert [r["rival"] for r in kept] == [r["rival"] for r in played if (r["rival"], r["variant"]) != ("llama.cpp", "q4_0")]
+    assert len(kept) < len(played)
+    for others in (
+        run.entries(["llama_cpp.q4_0"], ["1b"], ["batches"]),
+        run.entries(["llama_cpp.q4_0"], ["135m"], ["standard"]),
+    ):
+        assert run.others_runs(played, others) == played
+
+
 def test_shares_are_of_the_weights_read_and_multiplied(played):
     shape = common.SHAPES["1b"]
     weights = shape.layer_weights + shape.head_weights
@@ -201,7 +213,7 @@ def test_who_fails_has_a_row_with_the_reason_and_is_asked_once(played):
 
 def test_tables_fill_a_page_again_and_again(played):
     results = {
-        "machine": {"processor": "a CPU"}, "threads": 2, "date": "2026-11-22", "commit": "abc", "rounds": 2, "limits": LIMITS,
+        "machine": {"processor": "a CPU"}, "threads": 2, "date": "2026-11-22", "commit": "abc", "limits": LIMITS,
         "rows": report.summarise(played, LIMITS), "runs": played,
     }  # fmt: skip
     results = json.loads(json.dumps(results))
@@ -212,6 +224,7 @@ def test_tables_fill_a_page_again_and_again(played):
     row = next(line for line in filled.splitlines() if line.startswith("| **fastllm**"))
     assert [cell.strip() for cell in row.split("|")[3:]][:3] == ["150", "100 to 200", "1.50"]
     assert "| 40.0 | 30.0 to 50.0 | 0.75 |" in row
+    assert "shape**, medians of 2 interleaved rounds" in filled
     assert "- llama.cpp, Q8_0: no such thing" in filled
     assert "Versions" not in filled and "plots" not in filled
     everything = report.insert(page.replace("rivals -->", "rivals: all -->", 1), results, "plots")

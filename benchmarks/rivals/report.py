@@ -90,20 +90,19 @@ def tables(results: dict[str, Any], plots: str | None) -> str:
     """All of it where there is a place for plots, whose files' names start with ``plots``; else the standard works."""
     rows = results["rows"]
     limits = results["limits"]
-    rounds = "one round" if results["rounds"] == 1 else f"medians of {results['rounds']} interleaved rounds"
     parts = [
         f"{results['machine']['processor']} ({limits['isa']}), {results['threads']} threads, {results['date']}, commit "
-        f"{results['commit']}; {rounds}. Measured limits: {limits['read_memory']:.1f} GB/s "
+        f"{results['commit']}. Measured limits: {limits['read_memory']:.1f} GB/s "
         f"read from memory, {limits['int8']:.0f} GOP/s int8 dot products, {limits['int4']:.0f} of bytes by 4 bits. Random weights in the models' shapes."
     ]
     for shape in dict.fromkeys(row["shape"] for row in rows):
         title = SHAPES[shape].title
         if mine := only(rows, shape, "standard"):
-            parts += ["", f"**{title}'s shape**", "", standard(mine)]
+            parts += ["", f"**{title}'s shape**, {rounds_of(mine)}", "", standard(mine)]
             parts += ["", f"![{title}]({plots}-{shape}-standard.png)"] if plots else []
         for kind, what in SWEEPS.items() if plots else ():
             if mine := only(rows, shape, kind):
-                parts += ["", f"**{title}'s shape**, {what}", "", sweep(mine)]
+                parts += ["", f"**{title}'s shape**, {what}, {rounds_of(mine)}", "", sweep(mine)]
                 parts += ["", f"![{title}, {what}]({plots}-{shape}-{kind}.png)"]
     if plots:
         parts += ["", "Versions: " + "; ".join(versions(results["runs"])) + "."]
@@ -112,6 +111,11 @@ def tables(results: dict[str, Any], plots: str | None) -> str:
 
 def only(rows: Iterable[dict[str, Any]], shape: str, kind: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["shape"] == shape and row["set"] == kind]
+
+
+def rounds_of(rows: Iterable[dict[str, Any]]) -> str:
+    rounds = max(len(row["rounds"]) for row in rows)
+    return "one round" if rounds == 1 else f"medians of {rounds} interleaved rounds"
 
 
 def contestants(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:

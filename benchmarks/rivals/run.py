@@ -1,7 +1,8 @@
 """fastllm and its rivals in turns, every run in a fresh process, on an idle machine: `make bench-rivals`.
 
 Rounds go over all rivals, forwards and backwards in turn, so that a machine that slows down slows all of them alike. A run during
-which others used the machine is repeated. Results are written after each run, so one that is broken off keeps what it has.
+which others used the machine is repeated. Results are written after each run, so one that is broken off keeps what it has; with
+--add further works join the file of that day.
 """
 
 from __future__ import annotations
@@ -150,6 +151,12 @@ def play(
     return records
 
 
+def others_runs(records: Sequence[dict[str, Any]], contestants: Sequence[Entry]) -> list[dict[str, Any]]:
+    """The records of a results file that these contestants do not replace."""
+    again = {(entry.module.NAME, entry.variant, entry.shape, entry.works) for entry in contestants}
+    return [r for r in records if (r["rival"], r["variant"], r["shape"], r["set"]) not in again]
+
+
 def _brief(answer: dict[str, Any]) -> str:
     if "error" in answer:
         return str(answer["error"])
@@ -167,6 +174,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of all rivals (default: the cores)")
     parser.add_argument("--patience", type=float, default=120, help="seconds to wait for an idle machine; 0: measure as it is")
     parser.add_argument("--machine", help="its name in the file's name (default: the processor and the rung)")
+    parser.add_argument(
+        "--add", action="store_true", help="to the file of the same name, in place of what it has of these works"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     options = parser.parse_args()
 
@@ -184,14 +194,20 @@ def main() -> None:
         "threads": options.threads,
         "date": date,
         "commit": commit(),
-        "rounds": options.rounds,
         "limits": limit,
     }
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"rivals-{machine}-{options.threads}-threads-{date}.json"
 
+    kept: list[dict[str, Any]] = []
+    if options.add and file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        results |= {name: before[name] for name in ("commit", "limits")}
+        kept = others_runs(before["runs"], contestants)
+
     def save(records: list[dict[str, Any]]) -> None:
-        write_json(file, {**results, "rows": summarise(records, limit), "runs": records})
+        runs = kept + records
+        write_json(file, {**results, "rows": summarise(runs, results["limits"]), "runs": runs})
 
     def run(entry: Entry) -> dict[str, Any]:
         if entry in refused:

@@ -31,6 +31,7 @@ constexpr int kRows = 6, kChains = 24;
 constexpr int kRows = 4, kChains = 12;
 #endif
 constexpr int64_t kSplit = 128;                 // 32 KiB of K and V at D = 64 in bf16
+constexpr int64_t kAheadKeys = 16;              // asked for before they are wanted
 constexpr int64_t kRun = kWidth == 1 ? 8 : 32;  // one lane has no other lanes to share a sum with
 
 // p[r][0 .. Keys) = q[r] . k[.] ; rows of q are padded with zeros to whole vectors. Runs of kRun steps are summed by
@@ -72,11 +73,24 @@ FASTLLM_INLINE void score_tile(const float* q, int64_t wide, const T* k, int64_t
   }
 }
 
+template <typename T>
+FASTLLM_INLINE void prefetch_row(const T* row, int64_t D) {
+  for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d);
+}
+
+// v: the values of the same keys, which are wanted next.
 template <int Rows, typename T>
-void score_rows(const float* q, int64_t wide, const T* k, int64_t k_stride, int64_t keys, int64_t D, float* p) {
+void score_rows(const float* q, int64_t wide, const T* k, int64_t k_stride, const T* v, int64_t v_stride, int64_t keys,
+                int64_t D, float* p) {
   int64_t s = 0;
   constexpr int kKeys = Rows * 4 <= kChains ? 4 : 2;
-  for (; s + kKeys <= keys; s += kKeys) score_tile<Rows, kKeys>(q, wide, k + s * k_stride, k_stride, D, p + s);
+  for (; s + kKeys <= keys; s += kKeys) {
+    for (int j = 0; j < kKeys; ++j) {
+      prefetch_row(k + (s + j + kAheadKeys) * k_stride, D);
+      prefetch_row(v + (s + j) * v_stride, D);
+    }
+    score_tile<Rows, kKeys>(q, wide, k + s * k_stride, k_stride, D, p + s);
+  }
   for (; s < keys; ++s) score_tile<Rows, 1>(q, wide, k + s * k_stride, k_stride, D, p + s);
 }
 
@@ -218,7 +232,10 @@ void attend(const AttentionArgs& a, const Head& head, int64_t s0, int64_t s1, fl
   }
   const Cache* k =
       static_cast<const Cache*>(a.k) + head.b * a.k_strides[0] + head.kv_head * a.k_strides[1] + s0 * a.k_strides[2];
-#define FASTLLM_BODY(Rows) score_rows<Rows>(q + r * wide, wide, k, a.k_strides[2], n, D, p + r * kSplit)
+  const Cache* v =
+      static_cast<const Cache*>(a.v) + head.b * a.v_strides[0] + head.kv_head * a.v_strides[1] + s0 * a.v_strides[2];
+#define FASTLLM_BODY(Rows) \
+  score_rows<Rows>(q + r * wide, wide, k, a.k_strides[2], v, a.v_strides[2], n, D, p + r * kSplit)
   FASTLLM_BY_ROWS(rows, FASTLLM_BODY)
 #undef FASTLLM_BODY
 
@@ -240,8 +257,6 @@ void attend(const AttentionArgs& a, const Head& head, int64_t s0, int64_t s1, fl
     if (a.v_scale) multiply_row(row, scales_of(a.v_scale, a.v_scale_strides, head.b, head.kv_head) + s0, n);
   }
 
-  const Cache* v =
-      static_cast<const Cache*>(a.v) + head.b * a.v_strides[0] + head.kv_head * a.v_strides[1] + s0 * a.v_strides[2];
 #define FASTLLM_BODY(Rows) output_rows<Rows>(p + r * kSplit, v, a.v_strides[2], n, D, out.acc(task) + r * wide, wide)
   FASTLLM_BY_ROWS(rows, FASTLLM_BODY)
 #undef FASTLLM_BODY
