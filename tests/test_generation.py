@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 import zlib
 from copy import copy
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from fastllm.backends import cpu_module
+from fastllm.generation.decode import DecodeStep
 from fastllm.generation.loop import generate_ids
 from fastllm.generation.sampling import Sampling, draw_index, first_maxima
 
@@ -262,3 +265,16 @@ def test_tokens_are_placed_behind_each_sequence():
     ):
         with pytest.raises(ValueError, match="decode"):
             module.place_tokens(*wrong)
+
+
+def test_a_step_goes_with_its_last_reference():
+    model = Counting()
+    step = DecodeStep(model, model.new_cache(1, 8))
+    step([1])
+    left = weakref.ref(step)
+    gc.disable()
+    try:
+        del step
+        assert left() is None
+    finally:
+        gc.enable()

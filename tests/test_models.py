@@ -324,7 +324,7 @@ def test_a_replayed_step_gives_the_bits_of_a_computed_one(name, activations, tmp
         with torch.inference_mode():
             prefill(llama, prompts, cache)
     replayed, computed = DecodeStep(llama, caches[0]), DecodeStep(llama, caches[1])
-    computed._record = computed._compute
+    computed._how = "_compute"
     for step in range(20):
         ids = [3 + step, 90 - step]
         assert torch.equal(replayed(ids), computed(ids))
@@ -474,8 +474,8 @@ def test_a_step_on_a_gpu_is_captured_once_and_replayed(tmp_path, monkeypatch, fa
         with torch.inference_mode():
             prefill(llama, [ids_of(1, 9)[0].tolist()], cache)
     captured, computed = DecodeStep(llama, caches[0]), DecodeStep(llama, caches[1])
-    computed._record = computed._compute
-    captured._record = captured._warm_up
+    computed._how = "_compute"
+    captured._how = "_warm_up"
     graph = Graph(captured)
     graph.fails = fails
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)

@@ -63,7 +63,8 @@ class DecodeStep:
         self._replay: Callable[[], Any] | None = None
         self._timed_replay: Callable[[], list[tuple[str, float]]] | None = None  # of a recording alone
         self._module: Any = cpu_module() if model.device.type == "cpu" else None
-        self._record = {"cpu": self._record_calls, "cuda": self._warm_up}.get(model.device.type, self._compute)
+        # By name: a bound method would be a circle, and a step and its cache are large to wait for the collector.
+        self._how = {"cpu": "_record_calls", "cuda": "_warm_up"}.get(model.device.type, "_compute")
 
     @torch.inference_mode()
     def __call__(self, ids: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
@@ -82,7 +83,7 @@ class DecodeStep:
             self._replay()
             assert self._logits is not None
             return self._logits
-        self._logits = self._record()
+        self._logits = getattr(self, self._how)()
         return self._logits
 
     def timed(self, ids: Sequence[int] | Sequence[Sequence[int]]) -> tuple[Tensor, list[tuple[str, float]]]:
@@ -103,7 +104,7 @@ class DecodeStep:
 
     def _record_calls(self) -> Tensor:
         """Computes the step while the compiled module writes its calls down."""
-        self._record = self._compute
+        self._how = "_compute"
         if self._module is None:
             return self._compute()
         recording = self._module.Recording()
@@ -118,12 +119,12 @@ class DecodeStep:
 
     def _warm_up(self) -> Tensor:
         """The first step compiles and loads kernels, which a capture could not hold; the next one is captured."""
-        self._record = self._capture
+        self._how = "_capture"
         return self._compute()
 
     def _capture(self) -> Tensor:
         """Captures the step, which computes nothing yet, and replays it."""
-        self._record = self._compute
+        self._how = "_compute"
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):

@@ -22,7 +22,7 @@ from .loaders import ModelConfig
 
 __all__ = ["Layer", "Llama", "Weights"]
 
-WIDEST_ACTIVATION = 8 << 20  # bytes, of a prompt's tokens
+WIDEST_ACTIVATION = 4 << 20  # bytes, of a prompt's tokens
 
 Weight = Tensor | QuantizedTensor  # (N, K)
 
@@ -88,10 +88,10 @@ class Llama:
     def prefill_tokens(self) -> int:
         """Tokens of a prompt that go through the model at once. On a CPU enough to keep the matrix kernels busy and Python out of the
         way (a call costs tens of microseconds there, once weights have gone through the caches), few enough that the widest
-        activation stays within 8 MiB. A GPU needs more to be busy."""
+        activation stays within 4 MiB. A GPU needs more to be busy."""
         if self.device.type != "cpu":
             return 2048
-        return min(512, max(128, WIDEST_ACTIVATION // (2 * self.config.intermediate_size * self.dtype.itemsize) // 64 * 64))
+        return min(256, max(128, WIDEST_ACTIVATION // (2 * self.config.intermediate_size * self.dtype.itemsize) // 64 * 64))
 
     @property
     def device(self) -> torch.device:
