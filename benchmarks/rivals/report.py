@@ -114,8 +114,9 @@ def only(rows: Iterable[dict[str, Any]], shape: str, kind: str) -> list[dict[str
 
 
 def rounds_of(rows: Iterable[dict[str, Any]]) -> str:
-    rounds = max(len(row["rounds"]) for row in rows)
-    return "one round" if rounds == 1 else f"medians of {rounds} interleaved rounds"
+    counts = [len(row["rounds"]) for row in rows if row["rounds"]] or [0]
+    few, many = min(counts), max(counts)
+    return "one round" if many == 1 else f"medians of {many if few == many else f'{few} to {many}'} interleaved rounds"
 
 
 def contestants(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
