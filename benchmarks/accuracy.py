@@ -9,7 +9,6 @@ transformers in fp32. The text is fastllm/data/factbook.txt, in independent wind
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fastllm
 from fastllm.backends import info
 from fastllm.evaluation.quality import agreement, losses_of, perplexity, windows
+from fastllm.measure.report import write_json
 from fastllm.models.real_model import find
 
 CACHES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="of the text (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures here")
     options = parser.parse_args()
-    model = fastllm.load(options.model or find(), context=WINDOW)
+    path = Path(options.model or find())
+    model = fastllm.load(path, context=WINDOW)
     text = files("fastllm").joinpath("data/factbook.txt").read_text(encoding="utf-8")
     texts = windows(model.tokenizer.encode(text, add_special_tokens=False), WINDOW, options.tokens)
     trusted = [model.logits(ids)[0] for ids in texts]
@@ -57,8 +58,8 @@ def main() -> None:
                 flush=True,
             )
     if options.json:
-        kept = {"model": str(options.model or find().name), "tokens": options.tokens, "window": WINDOW, "rows": rows}
-        Path(options.json).write_text(json.dumps({**kept, "machine": info()}, indent=1) + "\n")
+        kept = {"model": path.name, "tokens": options.tokens, "window": WINDOW, "rows": rows}
+        write_json(options.json, {**kept, "machine": info()})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Figures are medians over the steps. Weights are counted once a step, scales incl
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from fastllm.generation.decode import DecodeStep
 from fastllm.generation.prefill import prefill
 from fastllm.generation.sampling import first_maxima
 from fastllm.measure.limits import limits
+from fastllm.measure.report import write_json
 
 
 def weight_bytes(llama) -> int:
@@ -89,7 +89,7 @@ def main() -> None:
     for name, share in sorted(figures["kernels"].items(), key=lambda item: -item[1]):
         print(f"  {name:<20}{share:6.1%}")
     if options.json:
-        Path(options.json).write_text(json.dumps({**vars(options), **figures, "machine": info()}, indent=1) + "\n")
+        write_json(options.json, {**vars(options), **figures, "machine": info()})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,10 @@ class HugePages:
         self._used = self._end = 0
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor (shape) of zeros, with a storage of its own."""
+        """A contiguous CPU tensor (shape) of zeros, of any dtype, 64-byte aligned, with a storage of its own.
+
+        Raises: OSError where the system grants no more memory.
+        """
         count = math.prod(shape)
         size = count * dtype.itemsize
         if count == 0:

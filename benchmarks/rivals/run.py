@@ -202,7 +202,11 @@ def main() -> None:
     kept: list[dict[str, Any]] = []
     if options.add and file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
-        results |= {name: before[name] for name in ("commit", "limits")}
+        results["limits"] = before["limits"]
+        if results["commit"] not in before["commit"].split(", "):
+            results["commit"] = f"{before['commit']}, {results['commit']}"
+        else:
+            results["commit"] = before["commit"]
         kept = others_runs(before["runs"], contestants)
 
     def save(records: list[dict[str, Any]]) -> None:
