@@ -13,6 +13,7 @@ Environment variables, all of them, read once at import:
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ import torch
 
 from .errors import value_error
 
-__all__ = ["BACKENDS", "Backend", "cpu_module", "forced_backend", "info", "isa_names", "use_backend", "use_isa"]
+__all__ = ["BACKENDS", "Backend", "cpu_module", "cuda_executor", "cuda_module", "forced_backend", "info", "isa_names", "use_backend", "use_isa"]
 
 BACKENDS = ("cuda", "triton", "torch", "cpu", "reference")
 
@@ -58,6 +59,40 @@ except ImportError as error:  # a source checkout that was not built, or a binar
 def cpu_module() -> ModuleType | None:
     """The compiled CPU kernels, or None where they could not be imported (``info()`` says why)."""
     return _cpu_loaded
+
+
+# ---------------------------------------------------------------- the compiled CUDA module
+
+_cuda_error: str | None = None
+try:
+    from . import _cuda as _cuda_loaded  # type: ignore[attr-defined]
+except ImportError as error:  # built where there was no nvcc, or a binary for another Python
+    _cuda_loaded = None
+    _cuda_error = f"fastllm._cuda could not be imported ({error}); `pip install .` builds it where nvcc is found"
+
+
+def cuda_module() -> ModuleType | None:
+    """The compiled CUDA kernels, or None where they could not be imported (``info()`` says why)."""
+    return _cuda_loaded
+
+
+def cuda_executor() -> bool:
+    """Whether the CUDA kernels were compiled for tests/simt: they then run on CPU tensors, right and very slowly."""
+    return _cuda_loaded is not None and _cuda_loaded.device_facts()["executor"]
+
+
+@functools.cache
+def cuda_refusal(device: int) -> str | None:
+    """Why the compiled CUDA kernels can't run on that GPU, or None."""
+    assert _cuda_loaded is not None
+    gpu = torch.cuda.get_device_capability(device)
+    for name in _cuda_loaded.architectures.split():
+        number = name.removesuffix("+PTX")
+        built = divmod(int(number.removesuffix("a")), 10)
+        same = built == gpu if number.endswith("a") else built[0] == gpu[0] and built[1] <= gpu[1]
+        if same or (number != name and built <= gpu):
+            return None
+    return f"it was compiled for {_cuda_loaded.architectures}, not for compute capability {gpu[0]}.{gpu[1]}"
 
 
 def isa_names() -> tuple[str, ...]:
@@ -145,6 +180,9 @@ def info() -> dict[str, Any]:
             "boundary": "dlpack exchange api" if _cpu_loaded.use_exchange_api(True) else "tensor attributes",
             "kernels": {name: rung() for name, rung in sorted(_cpu_loaded.kernels.items())},
         }
+    facts["cuda_kernels"] = (
+        _cuda_error if _cuda_loaded is None else {"architectures": _cuda_loaded.architectures, **_cuda_loaded.device_facts()}
+    )
     facts["cuda"] = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "attention_args.h"
-#include "rows.h"
+#include "../rows.h"
 #include "simd/simd.h"
 
 namespace fastllm::cpu::FASTLLM_ISA {

@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "isa.h"
-#include "rows.h"
+#include "../rows.h"
 
 namespace fastllm::cpu {
 

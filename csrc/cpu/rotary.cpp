@@ -12,7 +12,7 @@
 #include "rotary.h"
 
 #include "parallel.h"
-#include "rows.h"
+#include "../rows.h"
 #include "simd/simd.h"
 
 namespace fastllm::cpu::FASTLLM_ISA {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends import isa_names, use_backend, use_isa
+from ..backends import cuda_executor, isa_names, use_backend, use_isa
 from ..errors import value_error
 from ..ops._case import Case, OpCases
 from ..ops._explain import ops_reached
@@ -44,6 +44,7 @@ __all__ = [
     "run_case",
     "runs_here",
     "select_cases",
+    "simulated",
     "to_device",
     "to_float64",
     "too_slow",
@@ -65,8 +66,9 @@ SCALAR_FLOPS = 500_000_000
 
 GPU_BACKENDS = ("cuda", "triton", "torch")
 
-# Triton's interpreter computes with numpy, one program after the other: some 10 MFLOP/s.
-INTERPRETED_FLOPS, INTERPRETED_BYTES = 5_000_000, 500_000
+# Without a GPU: Triton's interpreter computes with numpy, one program after the other, the executor of CUDA kernels (tests/simt)
+# one thread after the other; some 10 MFLOP/s both.
+SIMULATED_FLOPS, SIMULATED_BYTES = 5_000_000, 500_000
 
 
 def too_slow(case: Case, isa: str | None, backend: str = "cpu") -> str:
@@ -76,9 +78,10 @@ def too_slow(case: Case, isa: str | None, backend: str = "cpu") -> str:
     """
     if case.gpu:
         return "" if device_of(backend) == "cuda" else "a shape for GPUs"
-    if backend in GPU_BACKENDS and interpreting():
-        if case.flops > INTERPRETED_FLOPS or case.bytes > INTERPRETED_BYTES:
-            return f"{case.flops / 1e6:.0f} MFLOP and {case.bytes / 1e6:.0f} MB in Triton's interpreter: --slow runs it"
+    if backend in GPU_BACKENDS and simulated(backend):
+        if case.flops > SIMULATED_FLOPS or case.bytes > SIMULATED_BYTES:
+            where = "the executor of CUDA kernels" if backend == "cuda" else "Triton's interpreter"
+            return f"{case.flops / 1e6:.0f} MFLOP and {case.bytes / 1e6:.0f} MB in {where}: --slow runs it"
     elif isa == "scalar" and case.flops > SCALAR_FLOPS:
         return f"{case.flops / 1e9:.1f} GFLOP on the scalar rung: --slow runs it"
     return ""
@@ -275,11 +278,16 @@ def device_of(backend: str) -> str:
     return "cuda" if backend in GPU_BACKENDS and torch.cuda.is_available() else "cpu"
 
 
+def simulated(backend: str) -> bool:
+    """Whether a GPU backend runs on this CPU: in Triton's interpreter, or compiled for the executor in tests/simt."""
+    return cuda_executor() if backend == "cuda" else interpreting()
+
+
 def runs_here(backend: str) -> bool:
     """Whether this machine has anything for the backend to run on: what is left out where no backend is named. ("torch" is a
     product of PyTorch's behind a Triton kernel.)"""
     if backend in GPU_BACKENDS:
-        return torch.cuda.is_available() or (backend != "cuda" and interpreting())
+        return torch.cuda.is_available() or simulated(backend)
     return backend != "reference"
 
 

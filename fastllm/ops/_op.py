@@ -19,7 +19,7 @@ from .. import backends as _backends
 from ..backends import Backend
 from ..errors import no_backend_error
 
-__all__ = ["OPS", "Op", "empty", "note_write", "refuse_gradient", "refuse_unless_cpu"]
+__all__ = ["OPS", "Op", "empty", "note_write", "refuse_gradient", "refuse_unless_cpu", "refuse_unless_cuda"]
 
 _library = Library("fastllm", "DEF")
 OPS: dict[str, Op] = {}
@@ -28,6 +28,7 @@ OPS: dict[str, Op] = {}
 empty = torch.empty
 
 _forced_get = _backends._forced.get
+_cuda_runs_here = _backends.cuda_executor()
 _Tensor = torch.Tensor
 _Parameter = torch.nn.Parameter
 _is_compiling = torch.compiler.is_compiling
@@ -197,4 +198,18 @@ def refuse_unless_cpu(*tensors: torch.Tensor | None) -> str | None:
     for t in tensors:
         if t is not None and not t.is_cpu:
             return f"it takes CPU tensors, not {t.device.type}"
+    return None
+
+
+def refuse_unless_cuda(*tensors: torch.Tensor | None) -> str | None:
+    """Why the compiled CUDA module can't serve these tensors, or None."""
+    if _backends._cuda_loaded is None:
+        return _backends._cuda_error
+    for t in tensors:
+        if t is None:
+            continue
+        if t.is_cuda:
+            return _backends.cuda_refusal(t.device.index)  # all are on one device: the op's checks have seen to it
+        if not (t.is_cpu and _cuda_runs_here):
+            return f"it takes CUDA tensors, not {t.device.type}"
     return None

@@ -1,7 +1,9 @@
-"""Builds a variant of the compiled module and runs Python on it: sanitized, or with AVX-512 emulated.
+"""Builds a variant of the compiled modules and runs Python on it: sanitized, with AVX-512 emulated, or with CUDA's kernels
+compiled for the executor in tests/simt (sanitized too).
 
     python tests/native/variant.py sanitize -m pytest -q tests/test_ops.py
     python tests/native/variant.py emulate -m fastllm verify --isa avx512_vnni
+    python tests/native/variant.py simt -m fastllm verify --backend cuda
 
 The variant is a directory, build/<variant>/package, that holds links to the Python files of fastllm/ beside the variant's
 own _cpu module; it stands first on the module path of the Python that is started. Paths are the repository's: the
@@ -19,8 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
 BUILD = {
     # Optimised less than the real thing: the checks, not the speed, are what it is for; and it compiles in half the time.
-    "sanitize": {"FASTLLM_CXXFLAGS": f"{SANITIZERS} -O1"},
-    "emulate": {"FASTLLM_EMULATE": "1"},
+    "sanitize": {"FASTLLM_CXXFLAGS": f"{SANITIZERS} -O1", "FASTLLM_CUDA": "0"},
+    "emulate": {"FASTLLM_EMULATE": "1", "FASTLLM_CUDA": "0"},
+    "simt": {"FASTLLM_CUDA": "simt"},
+    "simt_sanitize": {"FASTLLM_CXXFLAGS": f"{SANITIZERS} -O1", "FASTLLM_CUDA": "simt"},
 }
 
 
@@ -30,7 +34,7 @@ def compiler_file(name: str) -> str:
 
 
 def run_environment(variant: str) -> dict[str, str]:
-    if variant != "sanitize":
+    if not variant.endswith("sanitize"):
         return {}
     # The sanitizer's runtime has to be there before Python is. Leaks: Python and PyTorch keep theirs on purpose.
     # An allocation that the system refuses is for the program to report, as it is without the sanitizer.
@@ -53,7 +57,7 @@ def build(variant: str) -> Path:
         if file.suffix != ".so" and file.name != "__pycache__":
             (package / file.name).symlink_to(file)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(package.parent)]
-    if variant != "emulate":  # which shares the real build's objects but for the emulated ones
+    if variant.endswith("sanitize"):  # the others share the real build's objects but for their own
         command += ["--build-temp", str(work / "temp")]
     subprocess.run(command, cwd=ROOT, env={**os.environ, **BUILD[variant]}, check=True)
     return package.parent

@@ -16,7 +16,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "types.h"
+#include "../../types.h"
 
 #if defined(__GNUC__)
 #define FASTLLM_INLINE static inline __attribute__((always_inline))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...backends import Backend
 from ...errors import value_error
 from .. import _check, _op, _triton
-from . import native, reference
+from . import cuda, native, reference
 
 # transformers' names and ours
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_tanh": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -75,6 +75,7 @@ _gated = _op.Op(
     fake=_fake,
     backends=(
         Backend("cpu", native.gated_activation, native.refuse),
+        Backend("cuda", cuda.gated_activation, cuda.refuse),
         _triton.backend(__package__, "gated_activation"),
         Backend("reference", _reference, _check.never_refuse),
     ),

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...backends import Backend
 from ...errors import value_error
 from .. import _check, _op, _triton
-from . import native, reference
+from . import cuda, native, reference
 
 # Two schemas, because a PyTorch op cannot return a tensor or two. The arguments are the same.
 _ARGUMENTS = "Tensor x, Tensor? weight, Tensor? residual, float eps, float offset, bool round_before_weight"
@@ -102,6 +102,7 @@ def _backward_residual(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tens
 
 _BACKENDS = (
     Backend("cpu", native.rms_norm, native.refuse),
+    Backend("cuda", cuda.rms_norm, cuda.refuse),
     _triton.backend(__package__, "rms_norm"),
     Backend("reference", _reference, _check.never_refuse),
 )

@@ -1,11 +1,18 @@
-// Where the rows of a strided tensor start. Plain data and members only: shared by all rungs.
+// Where the rows of a strided tensor start, for every kernel. Plain data and members only: shared by all rungs.
 #pragma once
 
 #include <cstdint>
 
-#include "../tensor.h"
+#include "tensor.h"
+#include "types.h"
 
-namespace fastllm::cpu {
+#ifdef __CUDACC__
+#define FASTLLM_ON_BOTH __host__ __device__
+#else
+#define FASTLLM_ON_BOTH
+#endif
+
+namespace fastllm {
 
 // The leading dimensions of a tensor (..., K), folded where strides allow, so that row r starts at element offset(r).
 struct Rows {
@@ -13,7 +20,7 @@ struct Rows {
   int64_t shape[kMaxDims] = {};
   int64_t strides[kMaxDims] = {};
 
-  static Rows of(const TensorView& x) {  // baseline code: called from the bindings
+  static Rows of(const TensorView& x) {  // on the CPU, baseline code: called from the bindings
     Rows rows;
     for (int i = 0; i < x.ndim - 1; ++i) {
       if (x.shape[i] == 1) continue;
@@ -29,8 +36,8 @@ struct Rows {
   }
 };
 
-// static: a copy a rung, so that no rung's code is shared.
-static inline int64_t row_offset(const Rows& rows, int64_t row) {
+// static: a copy a rung of the CPU's, so that no rung's code is shared.
+FASTLLM_ON_BOTH static inline int64_t row_offset(const Rows& rows, int64_t row) {
   if (rows.ndim == 1) return row * rows.strides[0];
   int64_t offset = 0;
   for (int i = rows.ndim - 1; i >= 0; --i) {
@@ -40,7 +47,7 @@ static inline int64_t row_offset(const Rows& rows, int64_t row) {
   return offset;
 }
 
-}  // namespace fastllm::cpu
+}  // namespace fastllm
 
 // Calls body(T{}) with the C++ type of a floating dtype; of a cache's, which may be int8 too. In macros, because a
 // template shared between rungs would not do.

@@ -1,0 +1,78 @@
+// act(gate) * up: a thread takes vectors of 16 bytes of one row.
+//
+// Bytes: 2 I elements read and I written a row; about 12 flops for 6 bytes in bf16, with one exponential and one
+// division an element. Copying is the limit: the division's eight instructions and the exponential make some 20 an
+// element, a third of what a multiprocessor of an H200 can issue in the time that its share of 4.3 TB/s takes.
+// Expected: 92 % of the copy rate.
+#include "dtypes.cuh"
+#include "gated_activation.h"
+
+namespace fastllm::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kVectors = 2;  // a thread's, so that four loads are in flight
+
+template <bool kGeluTanh>
+__device__ __forceinline__ float activated(float x) {
+  // x/2 (1 + tanh z) = x sigmoid(2 z): both are x / (1 + e^-t), and e^-t may be infinite without harm.
+  const float t = kGeluTanh ? 1.5957691216057308f * (x + 0.044715f * x * x * x) : x;
+  return x / (1.0f + expf(-t));
+}
+
+template <typename T, int kVec, bool kGeluTanh>
+__global__ void __launch_bounds__(kThreads) gated_activation_kernel(GatedActivationArgs a) {
+  const int64_t row = blockIdx.x;
+  const T* gate = static_cast<const T*>(a.gate) + row_offset(a.gate_rows, row);
+  const T* up = static_cast<const T*>(a.up) + row_offset(a.up_rows, row);
+  T* y = static_cast<T*>(a.y) + row * a.I;
+  const int64_t first = (static_cast<int64_t>(blockIdx.y) * kVectors * kThreads + threadIdx.x) * kVec;
+  Pack<T, kVec> g[kVectors], u[kVectors];
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t i = first + v * kThreads * kVec;
+    if (i < a.I) {
+      g[v] = load_pack<T, kVec>(gate + i);
+      u[v] = load_pack<T, kVec>(up + i);
+    }
+  }
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t i = first + v * kThreads * kVec;
+    if (i >= a.I) continue;
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) g[v].at[e] = narrow<T>(activated<kGeluTanh>(widen(g[v].at[e])) * widen(u[v].at[e]));
+    store_pack<T, kVec>(y + i, g[v]);
+  }
+}
+
+template <typename T, int kVec>
+void launch_as(const GatedActivationArgs& a, Place place) {
+  const Shape shape{dim3(static_cast<unsigned>(a.rows), ceil_div(a.I, kThreads * kVectors * kVec)), kThreads};
+  launch("gated_activation",
+         a.gelu_tanh ? gated_activation_kernel<T, kVec, true> : gated_activation_kernel<T, kVec, false>, shape, a,
+         place);
+}
+
+template <typename T>
+bool in_vectors(const GatedActivationArgs& a) {
+  return a.I % kPerVector<T> == 0 && is_aligned(a.gate, 16) && is_aligned(a.up, 16) && is_aligned(a.y, 16) &&
+         rows_are_aligned(a.gate_rows, kPerVector<T>) && rows_are_aligned(a.up_rows, kPerVector<T>);
+}
+
+}  // namespace
+
+void gated_activation(const GatedActivationArgs& a, Place place) {
+  if (a.rows == 0 || a.I == 0) return;
+  const auto body = [&](auto t) {
+    using T = decltype(t);
+    if (in_vectors<T>(a)) {
+      launch_as<T, kPerVector<T>>(a, place);
+    } else {
+      launch_as<T, 1>(a, place);
+    }
+  };
+  FASTLLM_FOR_FLOAT(a.dtype, body)
+}
+
+}  // namespace fastllm::cuda

@@ -1,0 +1,19 @@
+#pragma once
+
+#include "../rows.h"
+#include "launch.h"
+
+namespace fastllm::cuda {
+
+struct GatedActivationArgs {
+  const void *gate, *up;  // (rows, I), row starts at gate_rows and up_rows
+  void* y;                // (rows, I) contiguous
+  DType dtype;            // of all of them
+  int64_t rows, I;
+  Rows gate_rows, up_rows;
+  bool gelu_tanh;  // else silu
+};
+
+void gated_activation(const GatedActivationArgs& args, Place place);
+
+}  // namespace fastllm::cuda

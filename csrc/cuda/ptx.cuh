@@ -1,0 +1,169 @@
+// Every asm statement of the package, by a name of its own. tests/simt/ptx.h has the same names for the executor.
+// Sections are those of the PTX ISA, version 8.5.
+#pragma once
+
+#ifdef FASTLLM_SIMT
+
+#include "simt.h"
+//
+#include "ptx.h"
+
+#else
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace fastllm::cuda::ptx {
+
+// The 32-bit address that instructions on shared memory take. 9.7.9.21, cvta.
+__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// ---------------------------------------------------------------- numbers
+
+// Two floats, rounded to the nearest even, as a register of two bf16: one instruction in place of two and a shift.
+// 9.7.9.22, cvt.rn.bf16x2.f32.
+__device__ __forceinline__ unsigned bf16x2_of_f32(float low, float high) {
+  unsigned result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+// The same to fp16. 9.7.9.22, cvt.rn.f16x2.f32.
+__device__ __forceinline__ unsigned f16x2_of_f32(float low, float high) {
+  unsigned result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+// An fp16 by its bits, without CUDA's header for the type. 9.7.9.22, cvt.f32.f16.
+__device__ __forceinline__ float f32_of_f16(uint16_t bits) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(bits));
+  return result;
+}
+
+// Products and sums of two halves at once, each rounded once: weights become operands without passing through fp32.
+// 9.7.4.5, fma.rn.f16x2; 9.7.4.2, sub.rn.f16x2.
+__device__ __forceinline__ unsigned f16x2_fma(unsigned a, unsigned b, unsigned c) {
+  unsigned result;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+__device__ __forceinline__ unsigned f16x2_sub(unsigned a, unsigned b) {
+  unsigned result;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+// The same for bf16. 9.7.4.5, fma.rn.bf16x2.
+__device__ __forceinline__ unsigned bf16x2_fma(unsigned a, unsigned b, unsigned c) {
+  unsigned result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
+// Any function of three bits, on 32 at once: "take nibbles and put an exponent over them" is one instruction. The table
+// is the function's value for a = 0xf0, b = 0xcc, c = 0xaa. 9.7.8.6, lop3.b32.
+template <int kTable>
+__device__ __forceinline__ unsigned lop3(unsigned a, unsigned b, unsigned c) {
+  unsigned result;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(result) : "r"(a), "r"(b), "r"(c), "n"(kTable));
+  return result;
+}
+
+// Four products of signed bytes added to an int32. 9.7.1.23, dp4a.s32.s32.
+__device__ __forceinline__ int dp4a(int a, int b, int c) {
+  int result;
+  asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
+// ---------------------------------------------------------------- memory
+
+// 16 bytes that nobody reads again: they do not push others out of the first cache. 9.7.9.8, ld.global.nc.
+__device__ __forceinline__ uint4 load_once(const void* from) {
+  uint4 result;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(result.x), "=r"(result.y), "=r"(result.z), "=r"(result.w)
+               : "l"(from));
+  return result;
+}
+
+// 16 bytes from global to shared memory without a register, of which the first valid_bytes are read and the rest are 0.
+// 9.7.9.25.3, cp.async.cg.
+__device__ __forceinline__ void copy_async_16(void* to, const void* from, int valid_bytes = 16) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(shared_address(to)), "l"(from), "r"(valid_bytes)
+               : "memory");
+}
+
+// Closes this thread's group of copies. 9.7.9.25.3, cp.async.commit_group.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most kGroupsLeft of this thread's newest groups are under way; other threads' copies need a barrier as
+// well. 9.7.9.25.3, cp.async.wait_group.
+template <int kGroupsLeft>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
+}
+
+// A barrier of some of the block's warps. 9.7.13.1, bar.sync.
+__device__ __forceinline__ void barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---------------------------------------------------------------- matrices
+
+// Four 8 x 8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8, and gets elements 2 (l
+// % 4) and 2 (l % 4) + 1 of row l / 4 of each. 9.7.14.5.15, ldmatrix.
+__device__ __forceinline__ void load_matrices(unsigned (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same, each matrix transposed: lane l gets elements of column l / 4.
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// c (16 x 8) += a (16 x 16) b (16 x 8) in bf16, sums in fp32. With g = lane / 4 and i = 2 (lane % 4): a holds (g, i),
+// (g + 8, i), (g, i + 8), (g + 8, i + 8) and each one's right neighbour; b rows i, i + 1 and i + 8, i + 9 of column g;
+// c (g, i), (g, i + 1), (g + 8, i), (g + 8, i + 1). 9.7.14.5.8, mma.m16n8k16.
+__device__ __forceinline__ void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same in fp16.
+__device__ __forceinline__ void mma_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c (16 x 8) += a (16 x 32) b (32 x 8) in signed bytes, exact in int32. A register holds four neighbours along k: a
+// rows g and g + 8 at k = 4 (lane % 4) and 16 more; b the same k of column g. 9.7.14.5.10, mma.m16n8k32.
+__device__ __forceinline__ void mma_s8(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+}  // namespace fastllm::cuda::ptx
+
+#endif

@@ -1,0 +1,144 @@
+// RMSNorm, with the residual added first if there is one: each element is read once and written once.
+//
+//   row    |<- 16 bytes ->|<- 16 bytes ->| ...        thread t of the row's threads holds vectors t, t + threads, ...
+//   block  rows of up to 1024 bytes: a warp each, four to a block; longer ones: a block each, of up to 32 warps
+//
+// Bytes: 2 K elements a row, 4 K with a residual (2 read, 2 written), and the weight, which stays in cache. 4 flops an
+// element: copying is the limit. With one row a block and all of a row's loads in flight before the first sum, what is
+// left is the sum's latency, some 2 us a block, which the other blocks of the multiprocessor hide: 92 % of the copy
+// rate expected from 1024 rows of 4096 on, less below, where the launch is as long as the copy.
+#include "dtypes.cuh"
+#include "reduce.cuh"
+#include "rms_norm.h"
+
+namespace fastllm::cuda {
+namespace {
+
+constexpr int kRowsOfWarps = 4;  // rows a block where each has one warp
+constexpr int kVectors = 4;      // a thread's, where the row's threads can be as many as it takes
+constexpr int kMostVectors = 8;  // of a thread's registers: 32 for 2-byte elements
+constexpr int kMostThreads = 1024;
+
+// fp32 squares are summed in fp64: beside an outlier the sum of the others would lose its last bits.
+template <typename T>
+struct SumOfSquares {
+  using type = float;
+};
+template <>
+struct SumOfSquares<float> {
+  using type = double;
+};
+
+// kWarps: of a row. kVec: elements of one access. kHeld: vectors that a thread keeps; a row of more is read again.
+template <typename T, int kVec, int kWarps, int kHeld>
+__global__ void __launch_bounds__(kWarps == 1 ? 32 * kRowsOfWarps : 32 * kWarps) rms_norm_kernel(RmsNormArgs a) {
+  using Wide = typename SumOfSquares<T>::type;
+  constexpr int kThreads = 32 * kWarps;
+  constexpr int kRows = kWarps == 1 ? kRowsOfWarps : 1;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kThreads;
+  if (row >= a.rows) return;  // a whole warp: blocks of more than one row have no barrier
+  const int thread = threadIdx.x % kThreads;
+  const T* x = static_cast<const T*>(a.x) + row_offset(a.x_rows, row);
+  const T* residual = a.residual ? static_cast<const T*>(a.residual) + row_offset(a.residual_rows, row) : nullptr;
+  const T* weight = static_cast<const T*>(a.weight);
+  T* y = static_cast<T*>(a.y) + row * a.K;
+  T* sum = a.residual ? static_cast<T*>(a.sum) + row * a.K : nullptr;
+  const int64_t K = a.K;
+  constexpr int64_t kStep = kThreads * kVec;
+
+  // x + residual, rounded to their dtype as PyTorch's add does.
+  const auto load_sum = [&](int64_t k) {
+    Pack<T, kVec> h = load_pack<T, kVec>(x + k);
+    if (residual) {
+      const Pack<T, kVec> r = load_pack<T, kVec>(residual + k);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) h.at[i] = narrow<T>(widen(h.at[i]) + widen(r.at[i]));
+    }
+    return h;
+  };
+  Pack<T, kVec> held[kHeld];
+#pragma unroll
+  for (int v = 0; v < kHeld; ++v) {
+    const int64_t k = v * kStep + thread * kVec;
+    if (k < K) held[v] = load_sum(k);
+  }
+  Wide squares = 0;
+  const auto add_squares = [&](const Pack<T, kVec>& h) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      const Wide wide = widen(h.at[i]);
+      squares += wide * wide;
+    }
+  };
+#pragma unroll
+  for (int v = 0; v < kHeld; ++v) {
+    if (v * kStep + thread * kVec < K) add_squares(held[v]);
+  }
+  for (int64_t k = kHeld * kStep + thread * kVec; k < K; k += kStep) add_squares(load_sum(k));
+  squares = reduce_block<kWarps>(squares, reinterpret_cast<Wide*>(shared_memory()), Sum());
+  // A row's mean in fp64 costs nothing; the four roundings of fp32 would shift the whole row.
+  const float inverse = static_cast<float>(1.0 / sqrt(static_cast<double>(squares) / static_cast<double>(K) + a.eps));
+
+  const auto finish = [&](int64_t k, const Pack<T, kVec>& h) {
+    Pack<T, kVec> w, out;
+    if (weight) w = load_pack<T, kVec>(weight + k);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      float normed = widen(h.at[i]) * inverse;
+      if (weight) {
+        if (a.round_before_weight) normed = widen(narrow<T>(normed));
+        normed *= widen(w.at[i]) + a.offset;
+      }
+      out.at[i] = narrow<T>(normed);
+    }
+    store_pack<T, kVec>(y + k, out);
+    if (sum) store_pack<T, kVec>(sum + k, h);
+  };
+#pragma unroll
+  for (int v = 0; v < kHeld; ++v) {
+    const int64_t k = v * kStep + thread * kVec;
+    if (k < K) finish(k, held[v]);
+  }
+  for (int64_t k = kHeld * kStep + thread * kVec; k < K; k += kStep) finish(k, load_sum(k));
+}
+
+template <typename T, int kVec, int kWarps, int kHeld>
+void launch_as(const RmsNormArgs& a, Place place) {
+  constexpr int kRows = kWarps == 1 ? kRowsOfWarps : 1;
+  const Shape shape{dim3(ceil_div(a.rows, kRows)), 32 * kWarps * kRows, kWarps > 1 ? kWarps * sizeof(double) : 0};
+  launch("rms_norm", rms_norm_kernel<T, kVec, kWarps, kHeld>, shape, a, place);
+}
+
+template <typename T, int kVec>
+void launch_vectors(const RmsNormArgs& a, Place place) {
+  const int64_t vectors = (a.K + kVec - 1) / kVec;
+  if (vectors <= 32 * 2) return launch_as<T, kVec, 1, 2>(a, place);
+  if (vectors <= 128 * kVectors) return launch_as<T, kVec, 4, kVectors>(a, place);
+  if (vectors <= 512 * kVectors) return launch_as<T, kVec, 16, kVectors>(a, place);
+  return launch_as<T, kVec, kMostThreads / 32, kMostVectors>(a, place);
+}
+
+template <typename T>
+bool in_vectors(const RmsNormArgs& a) {
+  if (a.K % kPerVector<T> != 0 || !is_aligned(a.x, 16) || !is_aligned(a.weight, 16) || !is_aligned(a.residual, 16))
+    return false;
+  if (!is_aligned(a.y, 16) || !is_aligned(a.sum, 16)) return false;
+  return rows_are_aligned(a.x_rows, kPerVector<T>) && rows_are_aligned(a.residual_rows, kPerVector<T>);
+}
+
+}  // namespace
+
+void rms_norm(const RmsNormArgs& a, Place place) {
+  if (a.rows == 0 || a.K == 0) return;
+  const auto body = [&](auto t) {
+    using T = decltype(t);
+    if (in_vectors<T>(a)) {
+      launch_vectors<T, kPerVector<T>>(a, place);
+    } else {
+      launch_vectors<T, 1>(a, place);
+    }
+  };
+  FASTLLM_FOR_FLOAT(a.dtype, body)
+}
+
+}  // namespace fastllm::cuda

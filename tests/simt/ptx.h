@@ -1,0 +1,181 @@
+// The executor's bodies of csrc/cuda/ptx.cuh: what the PTX ISA says of each instruction, computed lane by lane.
+#pragma once
+
+#include "simt.h"
+
+namespace fastllm::cuda::ptx {
+
+// ---------------------------------------------------------------- numbers
+
+inline float f32_of_bf16(uint16_t bits) { return __uint_as_float(static_cast<unsigned>(bits) << 16); }
+
+inline uint16_t bf16_of_f32(double exact) {
+  // From double, so that the fused products below round once: a bf16 is the float of its upper half, and a float that
+  // has been rounded to odd keeps what a second rounding has to know.
+  float x = static_cast<float>(exact);
+  if (std::isnan(x)) return 0x7fff;
+  unsigned bits = __float_as_uint(x);
+  if (static_cast<double>(x) != exact && std::isfinite(x)) {
+    if (std::fabs(static_cast<double>(x)) > std::fabs(exact)) --bits;  // truncate
+    bits |= 1;
+  }
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float f32_of_f16(uint16_t bits) {
+  _Float16 x;
+  std::memcpy(&x, &bits, 2);
+  return static_cast<float>(x);
+}
+
+inline uint16_t f16_of_f32(double exact) {
+  const auto x = static_cast<_Float16>(exact);
+  if (std::isnan(exact)) return 0x7fff;
+  uint16_t bits;
+  std::memcpy(&bits, &x, 2);
+  return bits;
+}
+
+inline unsigned pair(uint16_t low, uint16_t high) { return low | static_cast<unsigned>(high) << 16; }
+inline uint16_t low(unsigned x) { return static_cast<uint16_t>(x); }
+inline uint16_t high(unsigned x) { return static_cast<uint16_t>(x >> 16); }
+
+inline unsigned bf16x2_of_f32(float low, float high) { return pair(bf16_of_f32(low), bf16_of_f32(high)); }
+inline unsigned f16x2_of_f32(float low, float high) { return pair(f16_of_f32(low), f16_of_f32(high)); }
+
+// A product of halves is exact in double, and so is its sum with another unless they are 2^30 apart, where one rounding
+// more changes nothing.
+inline unsigned f16x2_fma(unsigned a, unsigned b, unsigned c) {
+  const auto one = [](uint16_t x, uint16_t y, uint16_t z) {
+    return f16_of_f32(static_cast<double>(f32_of_f16(x)) * f32_of_f16(y) + f32_of_f16(z));
+  };
+  return pair(one(low(a), low(b), low(c)), one(high(a), high(b), high(c)));
+}
+inline unsigned f16x2_sub(unsigned a, unsigned b) {
+  return pair(f16_of_f32(f32_of_f16(low(a)) - f32_of_f16(low(b))),
+              f16_of_f32(f32_of_f16(high(a)) - f32_of_f16(high(b))));
+}
+inline unsigned bf16x2_fma(unsigned a, unsigned b, unsigned c) {
+  const auto one = [](uint16_t x, uint16_t y, uint16_t z) {
+    return bf16_of_f32(static_cast<double>(f32_of_bf16(x)) * f32_of_bf16(y) + f32_of_bf16(z));
+  };
+  return pair(one(low(a), low(b), low(c)), one(high(a), high(b), high(c)));
+}
+
+template <int kTable>
+inline unsigned lop3(unsigned a, unsigned b, unsigned c) {
+  unsigned result = 0;
+  for (int bit = 0; bit < 32; ++bit) {
+    const unsigned index = (a >> bit & 1) << 2 | (b >> bit & 1) << 1 | (c >> bit & 1);
+    result |= (static_cast<unsigned>(kTable) >> index & 1) << bit;
+  }
+  return result;
+}
+
+inline int byte(unsigned x, int i) { return static_cast<int8_t>(x >> 8 * i); }
+
+inline int dp4a(int a, int b, int c) {
+  for (int i = 0; i < 4; ++i) c += byte(static_cast<unsigned>(a), i) * byte(static_cast<unsigned>(b), i);
+  return c;
+}
+
+// ---------------------------------------------------------------- memory
+
+inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
+
+inline void copy_async_16(void* to, const void* from, int valid_bytes = 16) {
+  simt::check_alignment(to, 16);
+  if (valid_bytes > 0) simt::check_alignment(from, 16);
+  simt::copy_async(to, from, 16, valid_bytes);
+}
+inline void commit_copies() { simt::commit_copies(); }
+template <int kGroupsLeft>
+inline void wait_for_copies() {
+  simt::wait_for_copies(kGroupsLeft);
+}
+inline void barrier(int id, int threads) { simt::barrier(id, threads); }
+
+// ---------------------------------------------------------------- matrices
+
+struct MatrixRow {
+  const void* row;
+  unsigned to[4];
+};
+
+template <bool kTransposed>
+inline void load_matrices_in_order(unsigned (&to)[4], const void* row) {
+  simt::check_alignment(row, 16);
+  MatrixRow mine{row, {}};
+  simt::meet(0xffffffffu, kTransposed ? "ldmatrix.trans" : "ldmatrix", &mine, [](void* const lanes[32], unsigned) {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        uint16_t element[2];
+        for (int e = 0; e < 2; ++e) {
+          const int major = lane / 4, minor = lane % 4 * 2 + e;
+          const int at = kTransposed ? minor : major;
+          const auto* from = static_cast<const uint16_t*>(static_cast<MatrixRow*>(lanes[matrix * 8 + at])->row);
+          element[e] = from[kTransposed ? major : minor];
+        }
+        static_cast<MatrixRow*>(lanes[lane])->to[matrix] = pair(element[0], element[1]);
+      }
+    }
+  });
+  for (int i = 0; i < 4; ++i) to[i] = mine.to[i];
+}
+inline void load_matrices(unsigned (&to)[4], const void* row) { load_matrices_in_order<false>(to, row); }
+inline void load_matrices_transposed(unsigned (&to)[4], const void* row) { load_matrices_in_order<true>(to, row); }
+
+template <typename C>
+struct MatrixProduct {
+  C* c;
+  const unsigned* a;
+  unsigned b[2];
+};
+
+// kPerRegister elements of one register lie side by side along k.
+template <int kPerRegister, typename C, typename Element>
+inline void multiply(void* const lanes[32], Element element) {
+  constexpr int kDepth = 8 * kPerRegister;
+  static thread_local C a[16][kDepth], b[kDepth][8];
+  const auto of = [&](int lane) { return static_cast<MatrixProduct<C>*>(lanes[lane]); };
+  for (int lane = 0; lane < 32; ++lane) {
+    const int group = lane / 4, k = lane % 4 * kPerRegister;
+    for (int e = 0; e < kPerRegister; ++e) {
+      for (int half = 0; half < 2; ++half) {
+        const int at = k + e + half * 4 * kPerRegister;
+        a[group][at] = element(of(lane)->a[2 * half], e);
+        a[group + 8][at] = element(of(lane)->a[2 * half + 1], e);
+        b[at][group] = element(of(lane)->b[half], e);
+      }
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+      C sum = of(lane)->c[i];
+      for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[k][column];
+      of(lane)->c[i] = sum;
+    }
+  }
+}
+
+inline void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  MatrixProduct<float> mine{c, a, {b0, b1}};
+  simt::meet(0xffffffffu, "mma bf16", &mine, [](void* const lanes[32], unsigned) {
+    multiply<2, float>(lanes, [](unsigned x, int e) { return f32_of_bf16(e ? high(x) : low(x)); });
+  });
+}
+inline void mma_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  MatrixProduct<float> mine{c, a, {b0, b1}};
+  simt::meet(0xffffffffu, "mma f16", &mine, [](void* const lanes[32], unsigned) {
+    multiply<2, float>(lanes, [](unsigned x, int e) { return f32_of_f16(e ? high(x) : low(x)); });
+  });
+}
+inline void mma_s8(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  MatrixProduct<int> mine{c, a, {b0, b1}};
+  simt::meet(0xffffffffu, "mma s8", &mine, [](void* const lanes[32], unsigned) {
+    multiply<4, int>(lanes, [](unsigned x, int e) { return byte(x, e); });
+  });
+}
+
+}  // namespace fastllm::cuda::ptx

@@ -1,0 +1,284 @@
+// The executor: fibers, who runs next, and where they meet.
+#include "simt.h"
+
+#include <ucontext.h>
+
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace simt {
+
+Thread self;
+
+namespace {
+
+// Room for a kernel's registers, all of which the host compiler may keep on the stack, and for the sanitizer's red
+// zones.
+constexpr size_t kStackBytes = 256 << 10;
+constexpr int kBarriers = 16;
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, valid_bytes;
+};
+
+struct Fiber {
+  ucontext_t context;
+  Thread who;
+  const char* waits_for = nullptr;  // what it met others in; null if it can run
+  bool done = false;
+  std::vector<Copy> open_group;
+  std::vector<std::vector<Copy>> groups;  // committed, oldest first
+  void* fake_stack = nullptr;
+};
+
+struct Warp {
+  const char* instruction = nullptr;
+  Compute compute = nullptr;
+  unsigned mask = 0, present = 0;
+  void* lanes[32] = {};
+};
+
+struct Barrier {
+  int threads = 0;
+  std::vector<int> waiting;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Barrier barriers[kBarriers];
+  std::vector<int> ready;
+};
+
+std::mt19937_64 generator{1};
+uint64_t next_seed = 1;
+std::vector<std::unique_ptr<unsigned char[]>> stacks;
+std::unique_ptr<unsigned char, decltype(&std::free)> shared{nullptr, &std::free};
+Block* block = nullptr;
+int running = 0;  // the fiber's number in its block
+ucontext_t scheduler;
+const std::function<void()>* body = nullptr;
+std::string failure;  // of a fiber: an exception must not leave its stack
+
+size_t draw(size_t n) { return static_cast<size_t>(generator() % n); }
+
+// AddressSanitizer has to be told which stack comes next. `save` is null for a fiber that does not come back.
+void leave_for([[maybe_unused]] void** save, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(save, stack, bytes);
+#endif
+}
+const void* scheduler_stack = nullptr;
+size_t scheduler_bytes = 0;
+void arrived([[maybe_unused]] void* saved, [[maybe_unused]] bool from_scheduler) {
+#ifdef __SANITIZE_ADDRESS__
+  const void* stack;
+  size_t bytes;
+  __sanitizer_finish_switch_fiber(saved, &stack, &bytes);
+  if (from_scheduler) scheduler_stack = stack, scheduler_bytes = bytes;
+#endif
+}
+
+void yield() {
+  Fiber& fiber = block->fibers[running];
+  leave_for(&fiber.fake_stack, scheduler_stack, scheduler_bytes);
+  swapcontext(&fiber.context, &scheduler);
+  arrived(fiber.fake_stack, true);
+  if (!failure.empty()) throw std::runtime_error(failure);  // another fiber failed: unwind this one too
+}
+
+void fail(const std::string& text) {
+  if (failure.empty()) failure = text;
+  throw std::runtime_error(text);
+}
+
+void start() {
+  arrived(nullptr, true);
+  try {
+    (*body)();
+  } catch (const std::exception& error) {
+    if (failure.empty()) failure = error.what();
+  }
+  Fiber& fiber = block->fibers[running];
+  fiber.done = true;
+  leave_for(nullptr, scheduler_stack, scheduler_bytes);
+  swapcontext(&fiber.context, &scheduler);
+}
+
+void wake(int fiber) {
+  block->fibers[fiber].waits_for = nullptr;
+  block->ready.push_back(fiber);
+}
+
+std::string name(const Fiber& fiber) {
+  std::ostringstream text;
+  text << "thread " << fiber.who.thread.x << " of block (" << fiber.who.block.x << ", " << fiber.who.block.y << ", "
+       << fiber.who.block.z << ")";
+  return text.str();
+}
+
+void resume(int fiber) {
+  running = fiber;
+  self = block->fibers[fiber].who;
+  void* fake_stack = nullptr;
+  leave_for(&fake_stack, stacks[fiber].get(), kStackBytes);
+  swapcontext(&scheduler, &block->fibers[fiber].context);
+  arrived(fake_stack, false);
+}
+
+void run_block(dim3 at, dim3 grid, unsigned threads, size_t shared_bytes) {
+  Block here;
+  block = &here;
+  here.fibers.resize(threads);
+  here.warps.resize((threads + 31) / 32);
+  // Of exactly the size asked for, so that an access past its end is one past an allocation. 1024: the largest
+  // alignment of a tile.
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 1024, std::max<size_t>(shared_bytes, 1)) != 0) throw std::bad_alloc();
+  shared.reset(static_cast<unsigned char*>(memory));
+  if (shared_bytes > 0) std::memset(shared.get(), 0xff, shared_bytes);
+  while (stacks.size() < threads) stacks.emplace_back(new unsigned char[kStackBytes]);
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& fiber = here.fibers[i];
+    fiber.who = {dim3(i, 0, 0), at, dim3(threads), grid};
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = stacks[i].get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, start, 0);
+    here.ready.push_back(static_cast<int>(i));
+  }
+  for (unsigned done = 0; done < threads;) {
+    if (here.ready.empty()) {
+      for (int i = 0; i < static_cast<int>(threads) && failure.empty(); ++i) {
+        const Fiber& fiber = here.fibers[i];
+        if (!fiber.done)
+          failure = "deadlock: " + name(fiber) + " waits in " + fiber.waits_for + " for threads that never come";
+      }
+      for (int i = 0; i < static_cast<int>(threads); ++i) {
+        if (!here.fibers[i].done) wake(i);  // to unwind
+      }
+    }
+    const size_t chosen = draw(here.ready.size());
+    std::swap(here.ready[chosen], here.ready.back());
+    const int fiber = here.ready.back();
+    here.ready.pop_back();
+    resume(fiber);
+    done += here.fibers[fiber].done;
+  }
+  block = nullptr;
+}
+
+void arrive(const Copy& copy) {
+  std::memcpy(copy.to, copy.from, copy.valid_bytes);
+  std::memset(static_cast<char*>(copy.to) + copy.valid_bytes, 0, copy.bytes - copy.valid_bytes);
+}
+
+}  // namespace
+
+void seed(uint64_t value) { next_seed = value; }
+
+void run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  generator.seed(next_seed);
+  body = &kernel;
+  failure.clear();
+  std::vector<dim3> blocks;
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) blocks.emplace_back(x, y, z);
+    }
+  }
+  std::shuffle(blocks.begin(), blocks.end(), generator);
+  for (const dim3& at : blocks) {
+    run_block(at, grid, threads, shared_bytes);
+    if (!failure.empty()) throw std::runtime_error("simt: " + failure);
+  }
+}
+
+unsigned char* shared_memory() { return shared.get(); }
+int lane() { return static_cast<int>(self.thread.x % 32); }
+
+void barrier(int id, int threads) {
+  Barrier& here = block->barriers[id];
+  if (here.waiting.empty()) here.threads = threads;
+  if (here.threads != threads) fail(name(block->fibers[running]) + " comes to a barrier of another number of threads");
+  if (static_cast<int>(here.waiting.size()) + 1 == threads) {
+    for (const int fiber : here.waiting) wake(fiber);
+    here.waiting.clear();
+    return;
+  }
+  here.waiting.push_back(running);
+  block->fibers[running].waits_for = "a barrier";
+  yield();
+}
+
+void meet(unsigned mask, const char* instruction, void* operands, Compute compute) {
+  Warp& warp = block->warps[running / 32];
+  if (warp.present == 0) {
+    warp.instruction = instruction;
+    warp.compute = compute;
+    warp.mask = mask;
+  }
+  if (warp.instruction != instruction || warp.mask != mask) {
+    fail(name(block->fibers[running]) + " comes to " + instruction + " while lanes of its warp wait in " +
+         warp.instruction);
+  }
+  if (!(mask >> lane() & 1)) fail(name(block->fibers[running]) + " is not in the mask of its own " + instruction);
+  warp.lanes[lane()] = operands;
+  warp.present |= 1u << lane();
+  const int first = running / 32 * 32;
+  if (warp.present == warp.mask) {
+    compute(warp.lanes, warp.mask);
+    const int me = running;
+    for (int i = 0; i < 32; ++i) {
+      if (warp.mask >> i & 1 && first + i != me) wake(first + i);
+    }
+    warp.present = 0;
+    return;
+  }
+  block->fibers[running].waits_for = instruction;
+  yield();
+}
+
+void copy_async(void* to, const void* from, int bytes, int valid_bytes) {
+  const Copy copy{to, from, bytes, valid_bytes};
+  if (draw(2) == 0) {
+    arrive(copy);
+  } else {
+    std::memset(to, 0xff, bytes);  // what was there is gone from now on
+    block->fibers[running].open_group.push_back(copy);
+  }
+}
+
+void check_alignment(const void* address, int bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
+    fail(name(block->fibers[running]) + " gives an address that is no multiple of " + std::to_string(bytes));
+  }
+}
+
+void commit_copies() {
+  Fiber& fiber = block->fibers[running];
+  fiber.groups.push_back(std::move(fiber.open_group));
+  fiber.open_group.clear();
+}
+
+void wait_for_copies(int groups_left) {
+  Fiber& fiber = block->fibers[running];
+  while (static_cast<int>(fiber.groups.size()) > groups_left) {
+    for (const Copy& copy : fiber.groups.front()) arrive(copy);
+    fiber.groups.erase(fiber.groups.begin());
+  }
+}
+
+}  // namespace simt
