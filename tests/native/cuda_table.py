@@ -76,7 +76,7 @@ def compile_one(command: str, source: Path, target: str) -> Iterator[Kernel]:
         ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         start = [*command.split(), "-I", str(ROOT / "csrc"), "-gencode", f"arch=compute_{target},code=compute_{target}"]
         run([*start, "-ptx", str(source), "-o", str(ptx)])
-        assembler = str(Path(command.split()[0]).parent / "ptxas")
+        assembler = str(Path(command.split(maxsplit=1)[0]).parent / "ptxas")
         said = run([assembler, "-v", f"-arch=sm_{target}", str(ptx), "-o", str(cubin)])
         text = ptx.read_text()
     bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n\}", text, re.S))
