@@ -56,8 +56,10 @@ simt: $(VENV)/installed
 	$(if $(SIMT),$(PY) tests/native/variant.py simt_sanitize -m pytest -q -k within_the_rule tests/test_cuda.py)
 
 # What nvcc makes of each of them for four kinds of GPU: registers, spills, stack, 16-byte accesses, matrix instructions.
-compile-cuda: $(VENV)/dependencies
+# And that the module, built for one of them, can be imported where there is none.
+compile-cuda: $(VENV)/installed
 	$(PY) tests/native/cuda_table.py
+	$(PY) tests/native/variant.py cuda -m pytest -q -k cuda_module tests/test_build.py
 
 # Builds the CUDA C++ kernels; tests, verifies and benchmarks them and Triton's with the PyTorch of GPU_PYTHON, which has to be a CUDA build.
 GPU_PYTHON ?= python3

@@ -12,12 +12,12 @@ import importlib.util
 
 import pytest
 import torch
+from simt.mutants import MUTANTS, build
 
 from fastllm.backends import cuda_executor, cuda_module
 from fastllm.measure.poison import poisoned as poisoned_outputs
 from fastllm.measure.verify import all_cases, case_inputs, device_of, forced, refusal, run_case, runs_here, to_device, too_slow
 from fastllm.ops._op import OPS
-from simt.mutants import MUTANTS, build
 
 pytestmark = pytest.mark.skipif(
     not runs_here("cuda"), reason="python tests/native/variant.py simt -m pytest tests/test_cuda.py runs it"

@@ -39,7 +39,7 @@ MUTANTS = [
     Mutant("rotary.cu", "sine's sign", "left * cos_left - right * sin_left", "left * cos_left + right * sin_left", "rotary"),
     Mutant("rotary.cu", "halves for neighbours", "a.interleaved && kVec > 1", "false && kVec > 1", "rotary and interleaved"),
     Mutant("rotary.cu", "the rest of the lanes is not copied", "(a.D - turned) / kVec", "0", "rotary"),
-    Mutant("rotary.cu", "the first sequence's slots for all", "a.slots[b * a.slots_strides[0] +", "a.slots[", "rotary_cache"),
+    Mutant("rotary.cu", "the slot is its neighbour", "t * a.slots_strides[1]] : t", "t * a.slots_strides[1]] ^ 1 : t", "rotary_cache"),
     Mutant("rotary.cu", "an int8 row's step is a lane's own", "largest = reduce_lanes<kLanes>(largest, Largest());", "", "rotary_cache and int8"),
 ]  # fmt: skip
 
