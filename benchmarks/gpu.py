@@ -41,7 +41,17 @@ def steps(stem: str, results: Path, seconds: float) -> dict[str, list[list[str]]
         "tests": [[*tests, "tests/test_cuda.py", "tests/test_triton.py", "tests/test_launch.py"]],
         # One dtype and the shorter shapes: the tools slow kernels down some hundred times.
         "sanitizer": [
-            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *tests, "tests/test_cuda.py", "-k", "bfloat16 and not llama"]
+            [
+                "compute-sanitizer",
+                "--tool",
+                tool,
+                "--error-exitcode",
+                "1",
+                *tests,
+                "tests/test_cuda.py",
+                "-k",
+                "bfloat16 and not llama",
+            ]
             for tool in ("memcheck", "racecheck")
         ],
         "verify": [[*fastllm, "verify", *backends, *file("verify")]],

@@ -40,6 +40,7 @@ MUTANTS = [
     Mutant("rotary.cu", "halves for neighbours", "a.interleaved && kVec > 1", "false && kVec > 1", "rotary and interleaved"),
     Mutant("rotary.cu", "the rest of the lanes is not copied", "(a.D - turned) / kVec", "0", "rotary"),
     Mutant("rotary.cu", "the slot is its neighbour", "t * a.slots_strides[1]] : t", "t * a.slots_strides[1]] ^ 1 : t", "rotary_cache"),
+    Mutant("rotary.cu", "a page's row is its neighbour", "slot %= a.page;", "slot = (slot + 1) % a.page;", "rotary_cache and pages"),
     Mutant("rotary.cu", "an int8 row's step is a lane's own", "largest = reduce_lanes<kLanes>(largest, Largest());", "", "rotary_cache and int8"),
 ]  # fmt: skip
 
