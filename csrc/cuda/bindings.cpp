@@ -66,6 +66,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("seed", &simt::seed, "the order of threads, blocks and copies from the next launch on");
 #endif
   bind_gated_activation(m);
+  bind_quant_matmul(m);
   bind_rms_norm(m);
 }
 
