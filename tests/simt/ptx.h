@@ -79,6 +79,8 @@ inline int dp4a(int a, int b, int c) {
   return c;
 }
 
+inline void make_opaque(unsigned&) {}
+
 // ---------------------------------------------------------------- memory
 
 inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
