@@ -193,22 +193,16 @@ bool is_readable(const QuantMatmulArgs& a) {
   return a.x_rows.ndim <= 1 && a.K % 8 == 0 && is_aligned(a.x, 16) && rows_are_aligned(a.x_rows, 8);
 }
 
-// As many blocks as keep every multiprocessor reading: 16 warps on each.
 Cut cut_of(const QuantMatmulArgs& a, int multiprocessors) {
   const int64_t units = (a.K + kUnitSteps * kStepColumns - 1) / (kUnitSteps * kStepColumns);
   Cut cut{1, 0, 1};
   while (cut.tiles < kMostTiles && cut.tiles * kTokens < a.M) cut.tiles *= 2;
-  int64_t strips = ceil_div(a.N, kStripRows), teams = kTeams;
-  if (cut.tiles == 1) {  // the teams are the warps
-    teams = strips * 8 < 16 * static_cast<int64_t>(multiprocessors) ? kMostWarps : 8;
-    teams = teams < units ? teams : units;
-    cut.warps = static_cast<int>(teams);
-  } else {
-    strips = ceil_div(strips, 4);
-    cut.warps = 4 * kTeams;
-  }
-  // A split is worth its partial sums where it leaves two units for every team.
-  while (strips * cut.splits * 2 <= multiprocessors && units >= cut.splits * 2 * teams * 2) cut.splits *= 2;
+  const int team_warps = cut.tiles == 1 ? 1 : 4;
+  const int64_t blocks = ceil_div(a.N, kStripRows * team_warps), most = kMostWarps / team_warps;
+  const int64_t teams = units < most ? units : most;
+  cut.warps = static_cast<int>(teams) * team_warps;
+  // A split is worth its partial sums where multiprocessors would have nothing to do and two units are left for a team.
+  while (blocks * cut.splits * 2 <= multiprocessors && units >= cut.splits * 2 * teams * 2) cut.splits *= 2;
   return cut;
 }
 
@@ -275,8 +269,8 @@ void quant_matmul(const QuantMatmulArgs& a, Place place) {
   }
   p.x_groups = x_groups;
   p.data = a.data;
-  p.scale = a.scale;
-  p.minimum = a.minimum;
+  p.scale = static_cast<const uint8_t*>(a.scale);
+  p.minimum = static_cast<const uint8_t*>(a.minimum);
   p.bias = split ? nullptr : a.bias;
   p.out = split ? parts : a.y;
   p.scale_dtype = a.scale_dtype;

@@ -18,14 +18,16 @@
 // of lane (token g, i) is 8 neighbouring elements of x. Sums come out as rows 4 g + j of tokens 2 i and 2 i + 1.
 //
 //   tiles = 1 (up to 8 tokens)     every warp of a block has the same strip and a part of K of its own; x goes from
-//                                  the first cache to registers, one step ahead: nobody waits for anybody until the
+//                                  the first cache to registers, one step ahead: a warp waits for no other until the
 //                                  sums of the parts are added
-//   tiles = 2, 4, 8 (up to 64)     a team of 4 warps has 4 strips and a part of K; x goes through a ring of stages in
-//                                  shared memory, which a team fills for itself; teams add their sums at the end
+//   tiles = 2, 4, 8 (up to 64)     a team of 4 warps has 4 strips and a part of K, and shares x; two teams a block
 //
-// Weights and scales are loaded one stretch ahead, 64 bytes of weights a lane, into the registers that have just been
-// used: 2 KB a warp are on their way at any time, 32 KB a multiprocessor with 16 warps, where 4.3 TB/s over 132
-// multiprocessors times 0.7 us of latency ask for 23 KB.
+// Weights, scales and a team's x are copied two stretches ahead (a stretch: up to 2 KB of a warp's weights) into a ring
+// of three stages in shared memory, each lane's weights to where it reads them itself. With 16 warps on a
+// multiprocessor some 64 KB are on their way, where 4.3 TB/s over 132 multiprocessors times 0.7 us of latency ask for
+// 23 KB.
+//
+//   stage   | x: tokens of a team | a warp's weights: loads of 32 x 16 bytes | its scales, its minimums | next warp ..
 //
 // Sums are added in a fixed order everywhere: the same arguments give the same bits.
 #pragma once
@@ -37,24 +39,24 @@ namespace fastllm::cuda {
 
 constexpr int kStripRows = 32;
 constexpr int kStepColumns = 32;
-constexpr int kUnitSteps = 4;   // K is dealt out in units of 128 columns: whole groups
-constexpr int kTokens = 8;      // of a tile
-constexpr int kMostTiles = 8;   // of a pass; more tokens take several
-constexpr int kTeams = 2;       // of a block whose x is shared
-constexpr int kMostWarps = 16;  // of a block whose x is not
+constexpr int kUnitSteps = 4;  // K is dealt out in units of 128 columns: whole groups
+constexpr int kTokens = 8;     // of a tile
+constexpr int kMostTiles = 8;  // of a pass; more tokens take several
+constexpr int kMostWarps = 8;  // of a block
+constexpr int kStages = 3;
 
 struct ProductArgs {
-  const void* x;          // (M, K) at a stride of x_stride elements: floats, or integers of int8 activations
-  int64_t x_stride;       //
-  const float* x_groups;  // int8: (groups of x, x_tokens, 2): scale and scale * sum of integers
-  const uint8_t* data;    //
-  const void *scale, *minimum, *bias;
+  const void* x;          // (M, K) at a stride of x_stride elements: floats, or the integers of int8 activations
+  const float* x_groups;  // int8: (groups of x, x_tokens, 2): scale, and scale * sum of the integers
+  const uint8_t* data;
+  const uint8_t *scale, *minimum;
+  const void* bias;
   void* out;  // (M, N) of out_dtype, or (splits, M, N) of float
   DType scale_dtype, out_dtype;
-  int64_t M, N;  //
+  int64_t x_stride, M, N;
   int K, lines, groups, steps;
-  int group_shift;          // step >> group_shift is the group of the weight
-  int group_mask;           // step & group_mask is 0 where one may begin
+  int group_shift;          // step >> group_shift is the weight's group
+  int group_mask;           // step & group_mask is 0 where one begins
   int x_group_mask;         // int8: (step + 1) & x_group_mask is 0 where a group of x ends
   int x_tokens;             //
   float center_minus_zero;  // w = u * scale + offset, offset = minimum + center_minus_zero * scale
@@ -67,41 +69,48 @@ struct Form {
   static constexpr int kTeamWarps = kSharedX ? 4 : 1;
   static constexpr int kTeamThreads = 32 * kTeamWarps;
   static constexpr int kRows = kStripRows * kTeamWarps;  // of a block
-  static constexpr int kMostThreads = kSharedX ? kTeams * kTeamThreads : 32 * kMostWarps;
-  static constexpr int kSteps = kUnitSteps / Math::kLoads;  // of a stretch: 4 loads of 16 bytes
-  // A stage of x: rows of kSteps pieces of kPiece bytes, the columns of a step.
+  // Steps of a stretch: three stages of two teams have to fit the 99 KB of desktop GPUs.
+  static constexpr int kSteps = (kTiles <= 2 ? 4 : 2) / Math::kLoads;
+  static constexpr int kWeights = kSteps * Math::kLoads * 32 * 16;
+  // A stage's x: rows of kSteps pieces, each the columns of a step.
   static constexpr int kPiece = kStepColumns * Math::kXBytes;
-  static constexpr int kStageRow = kSteps * kPiece;
-  static constexpr int kStage = kTiles * kTokens * kStageRow;
-  static constexpr int kStages = 3;
-  // A token's sums, padded by 16 bytes so that the 4 tokens a quarter of a warp writes meet 4 different groups of
-  // banks.
+  static constexpr int kXRow = kSteps * kPiece;
+  static constexpr int kX = kSharedX ? kTiles * kTokens * kXRow : 0;
+  // A token's sums, padded by 16 bytes so that the 4 tokens that 8 lanes write meet 4 different groups of banks.
   static constexpr int kSumPitch = kRows + 4;
 
-  // Pieces of a row are swapped so that the rows which are read together (8 lanes of 16 bytes: 2 of them; 16 lanes of 8
-  // bytes: 4) lie in different banks.
+  // Pieces of a row change places so that rows which are read together lie in different banks: two where 8 lanes read
+  // 16 bytes each, four where 16 lanes read 8.
   static __device__ __forceinline__ int swizzled(int token, int piece) {
-    if (kPiece == 64) return piece ^ (token & 1);
-    return piece ^ (kSteps == 4 ? token & 3 : token >> 1 & 1);
-  }
-  static size_t shared_bytes(int teams) {
-    const size_t sums = sizeof(float) * teams * kTiles * kTokens * kSumPitch;
-    const size_t ring = kSharedX ? static_cast<size_t>(teams) * kStages * kStage : 0;
-    return sums > ring ? sums : ring;
+    constexpr int kTogether = 128 / kPiece, kRowsOf128 = kXRow < 128 ? 128 / kXRow : 1;
+    return piece ^ (token % kTogether / kRowsOf128);
   }
 };
 
-// Four scales as they are stored: 8 or 16 bytes.
-__device__ __forceinline__ uint4 load_scales(const void* scales, DType dtype, int64_t at) {
-  if (dtype == DType::f32) return *reinterpret_cast<const uint4*>(static_cast<const float*>(scales) + at);
-  const uint2 half = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(scales) + at);
-  return {half.x, half.y, 0, 0};
-}
-__device__ __forceinline__ void widen_scales(float (&to)[4], uint4 raw, DType dtype) {
+// A stretch's scales: for scales and then minimums, for both blocks, its groups of 16 rows. Sizes are powers of two.
+template <int kSteps>
+struct ScaleStage {
+  int group_log2, block_log2, bytes;  // bytes of a group, of a block, of all
+
+  FASTLLM_ON_BOTH static ScaleStage of(const ProductArgs& a) {
+    const int groups = a.group_mask >= kSteps ? 1 : kSteps / (a.group_mask + 1);  // 1, 2 or 4
+    ScaleStage stage;
+    stage.group_log2 = a.scale_dtype == DType::f32 ? 6 : 5;
+    stage.block_log2 = stage.group_log2 + groups / 2;
+    stage.bytes = (a.minimum ? 4 : 2) << stage.block_log2;
+    return stage;
+  }
+};
+
+// Four neighbouring scales.
+__device__ __forceinline__ void load_scales(float (&to)[4], const unsigned char* from, DType dtype) {
   if (dtype == DType::f32) {
-    to[0] = __uint_as_float(raw.x), to[1] = __uint_as_float(raw.y);
-    to[2] = __uint_as_float(raw.z), to[3] = __uint_as_float(raw.w);
-  } else if (dtype == DType::f16) {
+    const float4 raw = *reinterpret_cast<const float4*>(from);
+    to[0] = raw.x, to[1] = raw.y, to[2] = raw.z, to[3] = raw.w;
+    return;
+  }
+  const uint2 raw = *reinterpret_cast<const uint2*>(from);
+  if (dtype == DType::f16) {
     to[0] = ptx::f32_of_f16(static_cast<uint16_t>(raw.x)), to[1] = ptx::f32_of_f16(static_cast<uint16_t>(raw.x >> 16));
     to[2] = ptx::f32_of_f16(static_cast<uint16_t>(raw.y)), to[3] = ptx::f32_of_f16(static_cast<uint16_t>(raw.y >> 16));
   } else {
@@ -124,13 +133,12 @@ __device__ __forceinline__ void store_float(void* to, DType dtype, int64_t at, f
 }
 
 template <typename Math, int kTiles>
-__global__ void __launch_bounds__((Form<Math, kTiles>::kMostThreads), 1) quant_product_kernel(ProductArgs a) {
+__global__ void __launch_bounds__(32 * kMostWarps, kTiles == 1 ? 2 : 1) quant_product_kernel(ProductArgs a) {
   using F = Form<Math, kTiles>;
   using X = typename Math::X;  // a lane's 8 columns of a token
   constexpr int kLoads = Math::kLoads, kSteps = F::kSteps;
   const int lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;
-  const int warp = threadIdx.x / 32, team = warp / F::kTeamWarps;
-  const int teams = blockDim.x / F::kTeamThreads;
+  const int warp = threadIdx.x / 32, team = warp / F::kTeamWarps, teams = blockDim.x / F::kTeamThreads;
   const int strip = blockIdx.x * F::kTeamWarps + warp % F::kTeamWarps;
   const bool has_rows = strip * kStripRows < a.N;  // the last block's strips may lie below the weight
   const int64_t m0 = static_cast<int64_t>(blockIdx.z) * kMostTiles * kTokens;
@@ -142,106 +150,116 @@ __global__ void __launch_bounds__((Form<Math, kTiles>::kMostThreads), 1) quant_p
   const int last = static_cast<int>(units * (part + 1) / parts) * kUnitSteps;
   const int end = last < a.steps ? last : a.steps;
 
-  // ---------------- weights and their scales, one stretch ahead
+  // ---------------- from global to shared memory
+  const auto scales = ScaleStage<kSteps>::of(a);
+  const int stage_bytes = F::kX + F::kTeamWarps * (F::kWeights + scales.bytes);
+  unsigned char* sTeam = shared_memory() + team * kStages * stage_bytes;
+  const int own =
+      F::kX + warp % F::kTeamWarps * (F::kWeights + scales.bytes);  // where a stage holds this warp's weights
+
+  // Rows past N: the last block is read once more, and what comes of it is not stored.
   const int blocks = static_cast<int>((a.N + 15) / 16);
-  const int own = 2 * strip + g / 4, block = own < blocks ? own : blocks - 1;
-  const uint8_t* gW = a.data + (static_cast<int64_t>(block) * a.lines * 64 + g % 4 * 16);
-  const int64_t scale_row = static_cast<int64_t>(block) * a.groups * 16 + g % 4 * 4;
-  uint4 rW[kSteps][kLoads], rRawScale[kSteps], rRawMinimum[kSteps];
-  const auto load_step = [&](int s, int step) {
-    if (step >= end) return;
+  const auto block = [&](int half) { return 2 * strip + half < blocks ? 2 * strip + half : blocks - 1; };
+  const uint8_t* gW = a.data + (static_cast<int64_t>(block(g / 4)) * a.lines * 64 + g % 4 * 16);
+  const char* gX = static_cast<const char*>(a.x);
+  const auto exists = [&](int64_t token, int column) { return token < a.M && column < a.K; };  // whole 16 bytes do
+  const auto address = [&](int64_t token, int column) { return gX + (token * a.x_stride + column) * Math::kXBytes; };
+
+  const auto fetch_x = [&](unsigned char* sX, int step) {
+    constexpr int kPerRow = F::kXRow / 16, kCopies = kTiles * kTokens * kPerRow;
 #pragma unroll
-    for (int load = 0; load < kLoads; ++load) {
-      const int line = (step * 4 + i) * kLoads + load;
-      rW[s][load] = line < a.lines ? ptx::load_once(gW + static_cast<int64_t>(line) * 64) : uint4{0, 0, 0, 0};
-    }
-    if ((s & a.group_mask) == 0) {
-      const int64_t at = scale_row + static_cast<int64_t>(step >> a.group_shift) * 16;
-      rRawScale[s] = load_scales(a.scale, a.scale_dtype, at);
-      if (a.minimum) rRawMinimum[s] = load_scales(a.minimum, a.scale_dtype, at);
+    for (int copy = threadIdx.x % F::kTeamThreads; copy < kCopies; copy += F::kTeamThreads) {
+      const int token = copy / kPerRow, byte = copy % kPerRow * 16;
+      const int column = step * kStepColumns + byte / Math::kXBytes;
+      const bool there = exists(m0 + token, column);
+      ptx::copy_async_16(sX + token * F::kXRow + F::swizzled(token, byte / F::kPiece) * F::kPiece + byte % F::kPiece,
+                         there ? address(m0 + token, column) : gX, there ? 16 : 0);
     }
   };
+  const auto fetch_weights = [&](unsigned char* sW, int step) {
+#pragma unroll
+    for (int load = 0; load < kSteps * kLoads; ++load) {
+      const int line = (step + load / kLoads) * 4 * kLoads + i * kLoads + load % kLoads;
+      const bool there = line < a.lines;
+      ptx::copy_async_16(sW + (load * 32 + lane) * 16, gW + static_cast<int64_t>(there ? line : 0) * 64,
+                         there ? 16 : 0);
+    }
+    for (int byte = lane * 16; byte < scales.bytes; byte += 32 * 16) {
+      const int which = byte >> scales.block_log2, within = byte & ((1 << scales.block_log2) - 1);
+      const int group = step >> a.group_shift;
+      const bool there = group + (within >> scales.group_log2) < a.groups;
+      const uint8_t* from = which < 2 ? a.scale : a.minimum;
+      const int64_t at = ((static_cast<int64_t>(block(which % 2)) * a.groups + group) << scales.group_log2) + within;
+      ptx::copy_async_16(sW + F::kWeights + byte, from + (there ? at : 0), there ? 16 : 0);
+    }
+  };
+  const auto fetch = [&](int slot, int step) {
+    unsigned char* stage = sTeam + slot * stage_bytes;
+    if (step < end) {
+      if constexpr (F::kSharedX) fetch_x(stage, step);
+      if (has_rows) fetch_weights(stage + own, step);
+    }
+    ptx::commit_copies();  // an empty group too: waiting counts groups
+  };
 
-  // ---------------- activations
-  const char* gX = static_cast<const char*>(a.x);
-  // 16 bytes of x that exist begin at `column` of a token.
-  const auto exists = [&](int64_t token, int column) { return token < a.M && column < a.K; };
-  const auto address = [&](int64_t token, int column) { return gX + (token * a.x_stride + column) * Math::kXBytes; };
+  // ---------------- the products
+  float rAcc[kTiles][2][4] = {}, rScale[4], rOffset[4] = {};
+  typename Math::Sums rSums[Math::kHeldSums ? kTiles : 1];
+#pragma unroll
+  for (auto& sums : rSums) Math::clear(sums);
   const auto load_x = [&](int step) {
     const int column = step * kStepColumns + 8 * i;
     return exists(m0 + g, column) ? *reinterpret_cast<const X*>(address(m0 + g, column)) : X{};
   };
-  unsigned char* sX = shared_memory() + team * F::kStages * F::kStage;
-  const auto fetch_x = [&](int step) {  // a team's stage
-    if (step < end) {
-      unsigned char* stage = sX + (step - first) / kSteps % F::kStages * F::kStage;
-      constexpr int kPerRow = F::kStageRow / 16, kCopies = kTiles * kTokens * kPerRow;
-#pragma unroll
-      for (int copy = threadIdx.x % F::kTeamThreads; copy < kCopies; copy += F::kTeamThreads) {
-        const int token = copy / kPerRow, byte = copy % kPerRow * 16;
-        const int column = step * kStepColumns + byte / Math::kXBytes;
-        const bool there = exists(m0 + token, column);
-        ptx::copy_async_16(
-            stage + token * F::kStageRow + F::swizzled(token, byte / F::kPiece) * F::kPiece + byte % F::kPiece,
-            there ? address(m0 + token, column) : gX, there ? 16 : 0);
-      }
-    }
-    ptx::commit_copies();
-  };
-
-  // ---------------- the products
-  float rAcc[kTiles][2][4] = {}, rScale[4], rOffset[4];
-  typename Math::Sums rSums[Math::kHeldSums ? kTiles : 1];
-#pragma unroll
-  for (auto& sums : rSums) Math::clear(sums);
   X rX{};
+  if constexpr (!F::kSharedX) rX = load_x(first);
+
 #pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    rRawMinimum[s] = uint4{0, 0, 0, 0};
-    if (has_rows) load_step(s, first + s);
-  }
-  if constexpr (F::kSharedX) {
-#pragma unroll
-    for (int stage = 0; stage < F::kStages - 1; ++stage) fetch_x(first + stage * kSteps);
-  } else {
-    rX = load_x(first);
-  }
+  for (int slot = 0; slot < kStages - 1; ++slot) fetch(slot, first + slot * kSteps);
+  int slot = 0;
 #pragma unroll 1
   for (int stretch = first; stretch < end; stretch += kSteps) {
-    const unsigned char* stage = sX + (stretch - first) / kSteps % F::kStages * F::kStage;
+    ptx::wait_for_copies<kStages - 2>();
+    // Everyone's copies have arrived, and everyone is done with the stage before, which is the next to be filled.
     if constexpr (F::kSharedX) {
-      ptx::wait_for_copies<F::kStages - 2>();
-      // Everyone's copies have arrived, and everyone is done with the stage before: it is the next to be filled.
       ptx::barrier(1 + team, F::kTeamThreads);
-      fetch_x(stretch + (F::kStages - 1) * kSteps);
-      if (!has_rows) continue;
+    } else {
+      __syncwarp();
     }
+    fetch(slot == 0 ? kStages - 1 : slot - 1, stretch + (kStages - 1) * kSteps);
+    const unsigned char* sX = sTeam + slot * stage_bytes;
+    const unsigned char* sW = sX + own;
+    const unsigned char* sScales = sW + F::kWeights + (g / 4 << scales.block_log2) + (g % 4 << (scales.group_log2 - 2));
+    slot = slot == kStages - 1 ? 0 : slot + 1;
+    if (!has_rows) continue;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       const int step = stretch + s;
       if (step >= end) break;
       if ((s & a.group_mask) == 0) {
-        widen_scales(rScale, rRawScale[s], a.scale_dtype);
-        widen_scales(rOffset, rRawMinimum[s], a.scale_dtype);
+        const unsigned char* sScale = sScales + (s >> a.group_shift << scales.group_log2);
+        load_scales(rScale, sScale, a.scale_dtype);
+        if (a.minimum) load_scales(rOffset, sScale + (2 << scales.block_log2), a.scale_dtype);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          rOffset[j] = fmaf(a.center_minus_zero, rScale[j], rOffset[j]);
+          rOffset[j] = fmaf(a.center_minus_zero, rScale[j], a.minimum ? rOffset[j] : 0.0f);
           rScale[j] *= Math::kUnit;
         }
       }
+      uint4 rW[kLoads];
+#pragma unroll
+      for (int load = 0; load < kLoads; ++load)
+        rW[load] = *reinterpret_cast<const uint4*>(sW + ((s * kLoads + load) * 32 + lane) * 16);
       unsigned rU[4][Math::kRegisters];
-      Math::unpack(rU, rW[s]);
-      load_step(s, step + kSteps);
-      X rXNext{};
-      if constexpr (!F::kSharedX) rXNext = load_x(step + 1);
+      Math::unpack(rU, rW);
+      X rNext{};
+      if constexpr (!F::kSharedX) rNext = load_x(step + 1);
       const bool closes = ((step + 1) & Math::x_group_mask(a)) == 0 || step + 1 == end;
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
-        if constexpr (F::kSharedX) {
-          const int token = t * kTokens + g;
-          rX = *reinterpret_cast<const X*>(stage + token * F::kStageRow + F::swizzled(token, s) * F::kPiece +
-                                           i * (F::kPiece / 4));
-        }
+        const int token = t * kTokens + g;
+        if constexpr (F::kSharedX)
+          rX = *reinterpret_cast<const X*>(sX + token * F::kXRow + F::swizzled(token, s) * F::kPiece + i * sizeof(X));
         auto& sums = rSums[Math::kHeldSums ? t : 0];
         const auto b = Math::operand(rX);
         Math::multiply(sums, rU, b);
@@ -250,7 +268,7 @@ __global__ void __launch_bounds__((Form<Math, kTiles>::kMostThreads), 1) quant_p
           Math::clear(sums);
         }
       }
-      if constexpr (!F::kSharedX) rX = rXNext;
+      if constexpr (!F::kSharedX) rX = rNext;
     }
   }
 
@@ -286,8 +304,11 @@ template <typename Math, int kTiles>
 void launch_product(const ProductArgs& a, const Cut& cut, Place place) {
   using F = Form<Math, kTiles>;
   const int passes = ceil_div(a.M, kMostTiles * kTokens);
-  const Shape shape{dim3(ceil_div(a.N, F::kRows), cut.splits, passes), 32 * cut.warps,
-                    F::shared_bytes(cut.warps / F::kTeamWarps)};
+  const int teams = cut.warps / F::kTeamWarps;
+  const size_t warp = F::kWeights + ScaleStage<F::kSteps>::of(a).bytes;
+  const size_t ring = teams * kStages * (F::kX + F::kTeamWarps * warp);
+  const size_t sums = sizeof(float) * teams * kTiles * kTokens * F::kSumPitch;
+  const Shape shape{dim3(ceil_div(a.N, F::kRows), cut.splits, passes), 32 * cut.warps, ring > sums ? ring : sums};
   launch("quant_matmul", quant_product_kernel<Math, kTiles>, shape, a, place);
 }
 
