@@ -74,7 +74,7 @@ struct FloatMath {
   static constexpr int kRegisters = 4;               // of a row's 8 columns
   static constexpr float kUnit = 1.0f;               // what u = 1 is worth
   static constexpr bool kHeldSums = false;           // a step's sums are closed with it
-  static __device__ __forceinline__ int x_group_mask(const ProductArgs&) { return 0; }
+  static __device__ __forceinline__ bool closes(const ProductArgs&, int) { return true; }
 
   struct Sums {
     float at[2][4];
@@ -124,14 +124,15 @@ struct FloatMath {
     }
   }
 
+  template <bool kOffset>
   static __device__ __forceinline__ void close(float (&acc)[2][4], const Sums& sums, const float (&scale)[4],
-                                               const float (&offset)[4], const Operand& b, const ProductArgs& a, int,
+                                               const float (&offset)[4], const Operand& b, const ProductArgs&, int,
                                                int64_t) {
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc[tile][e] = fmaf(sums.at[tile][e], scale[2 * tile + e / 2], acc[tile][e]);
-    if (!a.has_offset) return;
+    if constexpr (!kOffset) return;
     constexpr unsigned kOnes = Half<T>::kOnes;
     const unsigned ones[4] = {kOnes, kOnes, kOnes, kOnes};
     float of_x[4] = {};  // elements 0 and 1: of this lane's two tokens
@@ -212,7 +213,8 @@ Plan plan_of(const QuantMatmulArgs& a, int device) {
   plan.x_columns = a.K;
   if (a.int8_activations) {
     plan.x_group = a.group_size == 32 || a.group_size == 64 ? a.group_size : 128;
-    plan.x_groups = ceil_div(a.K, plan.x_group);
+    const int unit = kUnitSteps * kStepColumns;
+    plan.x_groups = ceil_div(a.K, unit) * (unit / plan.x_group);  // whole units: products go that far
     plan.x_columns = static_cast<int64_t>(plan.x_groups) * plan.x_group;
     const int tile = plan.cut.tiles * kTokens;
     plan.x_tokens = ceil_div(a.M, tile) * tile;
@@ -281,10 +283,8 @@ void quant_matmul(const QuantMatmulArgs& a, Place place) {
   p.lines = static_cast<int>(a.lines);
   p.groups = static_cast<int>(a.groups);
   p.steps = ceil_div(a.K, kStepColumns);
-  const bool whole_rows = a.groups == 1;
-  p.group_shift = whole_rows ? 31 : log2_of(a.group_size / kStepColumns);
-  p.group_mask = whole_rows ? kUnitSteps - 1 : a.group_size / kStepColumns - 1;
-  p.x_group_mask = plan.x_group / kStepColumns - 1;
+  p.group_shift = a.groups == 1 ? 31 : log2_of(a.group_size / kStepColumns);
+  p.x_group_shift = a.int8_activations ? log2_of(plan.x_group / kStepColumns) : 0;
   p.x_tokens = plan.x_tokens;
   const int center = 1 << (a.bits - 1);
   p.center_minus_zero = static_cast<float>(center - a.zero);

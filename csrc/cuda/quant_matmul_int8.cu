@@ -26,7 +26,9 @@ struct Int8Math {
   static constexpr int kRegisters = 2;
   static constexpr float kUnit = kBits == 4 ? 1.0f / 16 : 1.0f;
   static constexpr bool kHeldSums = true;  // until the group of x ends
-  static __device__ __forceinline__ int x_group_mask(const ProductArgs& a) { return a.x_group_mask; }
+  static __device__ __forceinline__ bool closes(const ProductArgs& a, int step) {
+    return ((step + 1) & ((1 << a.x_group_shift) - 1)) == 0;
+  }
 
   // Sums start at the bits of 1.5 * 2^23, whose units are the lowest bit: read as a float, less 1.5 * 2^23, they are
   // the sum, exact below 2^22. 128 columns of 128 * 127 are below 2^21.
@@ -71,10 +73,11 @@ struct Int8Math {
   }
 
   // token: the first of this lane's two.
+  template <bool kOffset>
   static __device__ __forceinline__ void close(float (&acc)[2][4], const Sums& sums, const float (&scale)[4],
                                                const float (&offset)[4], uint2, const ProductArgs& a, int step,
                                                int64_t token) {
-    const int64_t group = step / (a.x_group_mask + 1);
+    const int64_t group = step >> a.x_group_shift;
     const float4 x = *reinterpret_cast<const float4*>(a.x_groups + (group * a.x_tokens + token) * 2);
     const float x_scale[2] = {x.x, x.z}, x_sum[2] = {x.y, x.w};
 #pragma unroll
@@ -83,7 +86,7 @@ struct Int8Math {
       for (int e = 0; e < 4; ++e) {
         const float sum = __int_as_float(sums.at[tile][e]) - kFloat0;
         acc[tile][e] = fmaf(sum, scale[2 * tile + e / 2] * x_scale[e % 2], acc[tile][e]);
-        if (a.has_offset) acc[tile][e] = fmaf(offset[2 * tile + e / 2], x_sum[e % 2], acc[tile][e]);
+        if constexpr (kOffset) acc[tile][e] = fmaf(offset[2 * tile + e / 2], x_sum[e % 2], acc[tile][e]);
       }
     }
   }

@@ -29,8 +29,12 @@
 //
 //   stage   | x: tokens of a team | a warp's weights: loads of 32 x 16 bytes | its scales, its minimums | next warp ..
 //
+// A stretch's scales are widened once, each by one lane, and read back as fp32: what a step does has no branch.
+//
 // Sums are added in a fixed order everywhere: the same arguments give the same bits.
 #pragma once
+
+#include <type_traits>
 
 #include "dtypes.cuh"
 #include "launch.h"
@@ -55,10 +59,9 @@ struct ProductArgs {
   DType scale_dtype, out_dtype;
   int64_t x_stride, M, N;
   int K, lines, groups, steps;
-  int group_shift;          // step >> group_shift is the weight's group
-  int group_mask;           // step & group_mask is 0 where one begins
-  int x_group_mask;         // int8: (step + 1) & x_group_mask is 0 where a group of x ends
-  int x_tokens;             //
+  int group_shift;    // step >> group_shift is the weight's group
+  int x_group_shift;  // int8: step >> x_group_shift is the group of x
+  int x_tokens;
   float center_minus_zero;  // w = u * scale + offset, offset = minimum + center_minus_zero * scale
   bool has_offset;
 };
@@ -70,8 +73,10 @@ struct Form {
   static constexpr int kTeamThreads = 32 * kTeamWarps;
   static constexpr int kRows = kStripRows * kTeamWarps;  // of a block
   // Steps of a stretch: three stages of two teams have to fit the 99 KB of desktop GPUs.
-  static constexpr int kSteps = (kTiles <= 2 ? 4 : 2) / Math::kLoads;
+  static constexpr int kSteps = (kSharedX ? 2 : 4) / Math::kLoads;
   static constexpr int kWeights = kSteps * Math::kLoads * 32 * 16;
+  // A warp's scales and then its offsets, as fp32.
+  static constexpr int kScales = kSteps * kStripRows;
   // A stage's x: rows of kSteps pieces, each the columns of a step.
   static constexpr int kPiece = kStepColumns * Math::kXBytes;
   static constexpr int kXRow = kSteps * kPiece;
@@ -87,16 +92,16 @@ struct Form {
   }
 };
 
-// A stretch's scales: for scales and then minimums, for both blocks, its groups of 16 rows. Sizes are powers of two.
+// A stretch's scales as they are stored: scales and then minimums; of both blocks; its groups of 16 rows.
 template <int kSteps>
 struct ScaleStage {
-  int group_log2, block_log2, bytes;  // bytes of a group, of a block, of all
+  int groups, group_log2, block_log2, bytes;  // groups: 1, 2 or 4; bytes of a group and of a block, by their logarithm
 
   FASTLLM_ON_BOTH static ScaleStage of(const ProductArgs& a) {
-    const int groups = a.group_mask >= kSteps ? 1 : kSteps / (a.group_mask + 1);  // 1, 2 or 4
     ScaleStage stage;
+    stage.groups = kSteps >> a.group_shift ? kSteps >> a.group_shift : 1;
     stage.group_log2 = a.scale_dtype == DType::f32 ? 6 : 5;
-    stage.block_log2 = stage.group_log2 + groups / 2;
+    stage.block_log2 = stage.group_log2 + stage.groups / 2;
     stage.bytes = (a.minimum ? 4 : 2) << stage.block_log2;
     return stage;
   }
@@ -147,8 +152,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kTiles == 1 ? 2 : 1) quant_pr
   const int parts = gridDim.y * teams, part = blockIdx.y * teams + team;
   const int64_t units = (a.steps + kUnitSteps - 1) / kUnitSteps;
   const int first = static_cast<int>(units * part / parts) * kUnitSteps;
-  const int last = static_cast<int>(units * (part + 1) / parts) * kUnitSteps;
-  const int end = last < a.steps ? last : a.steps;
+  const int end = static_cast<int>(units * (part + 1) / parts) * kUnitSteps;  // past K all is 0, x above all
 
   // ---------------- from global to shared memory
   const auto scales = ScaleStage<kSteps>::of(a);
@@ -184,7 +188,10 @@ __global__ void __launch_bounds__(32 * kMostWarps, kTiles == 1 ? 2 : 1) quant_pr
       ptx::copy_async_16(sW + (load * 32 + lane) * 16, gW + static_cast<int64_t>(there ? line : 0) * 64,
                          there ? 16 : 0);
     }
-    for (int byte = lane * 16; byte < scales.bytes; byte += 32 * 16) {
+#pragma unroll
+    for (int copy = 0; copy < 2; ++copy) {  // the second is fp32's
+      const int byte = (copy * 32 + lane) * 16;
+      if (byte >= scales.bytes) break;
       const int which = byte >> scales.block_log2, within = byte & ((1 << scales.block_log2) - 1);
       const int group = step >> a.group_shift;
       const bool there = group + (within >> scales.group_log2) < a.groups;
@@ -203,7 +210,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kTiles == 1 ? 2 : 1) quant_pr
   };
 
   // ---------------- the products
-  float rAcc[kTiles][2][4] = {}, rScale[4], rOffset[4] = {};
+  float rAcc[kTiles][2][4] = {};
   typename Math::Sums rSums[Math::kHeldSums ? kTiles : 1];
 #pragma unroll
   for (auto& sums : rSums) Math::clear(sums);
@@ -213,6 +220,59 @@ __global__ void __launch_bounds__(32 * kMostWarps, kTiles == 1 ? 2 : 1) quant_pr
   };
   X rX{};
   if constexpr (!F::kSharedX) rX = load_x(first);
+
+  float* sScales = reinterpret_cast<float*>(shared_memory() + teams * kStages * stage_bytes) + warp * 2 * F::kScales;
+  float* sOffsets = sScales + F::kScales;
+  const auto widen_scales = [&](const unsigned char* sRaw) {
+    if (lane < 8 * scales.groups) {  // four rows of a group each
+      const int quarter = 1 << (scales.group_log2 - 2);
+      float scale[4], offset[4] = {};
+      load_scales(scale, sRaw + lane * quarter, a.scale_dtype);
+      if (a.minimum) load_scales(offset, sRaw + (2 << scales.block_log2) + lane * quarter, a.scale_dtype);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        offset[j] = fmaf(a.center_minus_zero, scale[j], offset[j]);
+        scale[j] *= Math::kUnit;
+      }
+      *reinterpret_cast<float4*>(sScales + 4 * lane) = {scale[0], scale[1], scale[2], scale[3]};
+      *reinterpret_cast<float4*>(sOffsets + 4 * lane) = {offset[0], offset[1], offset[2], offset[3]};
+    }
+    __syncwarp();
+  };
+  const auto multiply = [&](auto offset_tag, const unsigned char* sX, const unsigned char* sW, int stretch) {
+    constexpr bool kOffset = decltype(offset_tag)::value;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const int step = stretch + s;
+      const int quad = (g / 4 * scales.groups + (s >> a.group_shift)) * 4 + g % 4;
+      const float4 scale = *reinterpret_cast<const float4*>(sScales + 4 * quad);
+      const float4 offset = kOffset ? *reinterpret_cast<const float4*>(sOffsets + 4 * quad) : float4{};
+      const float rScale[4] = {scale.x, scale.y, scale.z, scale.w};
+      const float rOffset[4] = {offset.x, offset.y, offset.z, offset.w};
+      uint4 rW[kLoads];
+#pragma unroll
+      for (int load = 0; load < kLoads; ++load)
+        rW[load] = *reinterpret_cast<const uint4*>(sW + ((s * kLoads + load) * 32 + lane) * 16);
+      unsigned rU[4][Math::kRegisters];
+      Math::unpack(rU, rW);
+      X rNext{};
+      if constexpr (!F::kSharedX) rNext = load_x(step + 1);
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        const int token = t * kTokens + g;
+        if constexpr (F::kSharedX)
+          rX = *reinterpret_cast<const X*>(sX + token * F::kXRow + F::swizzled(token, s) * F::kPiece + i * sizeof(X));
+        auto& sums = rSums[Math::kHeldSums ? t : 0];
+        const auto b = Math::operand(rX);
+        Math::multiply(sums, rU, b);
+        if (Math::closes(a, step)) {
+          Math::template close<kOffset>(rAcc[t], sums, rScale, rOffset, b, a, step, m0 + t * kTokens + 2 * i);
+          Math::clear(sums);
+        }
+      }
+      if constexpr (!F::kSharedX) rX = rNext;
+    }
+  };
 
 #pragma unroll
   for (int slot = 0; slot < kStages - 1; ++slot) fetch(slot, first + slot * kSteps);
@@ -228,47 +288,13 @@ __global__ void __launch_bounds__(32 * kMostWarps, kTiles == 1 ? 2 : 1) quant_pr
     }
     fetch(slot == 0 ? kStages - 1 : slot - 1, stretch + (kStages - 1) * kSteps);
     const unsigned char* sX = sTeam + slot * stage_bytes;
-    const unsigned char* sW = sX + own;
-    const unsigned char* sScales = sW + F::kWeights + (g / 4 << scales.block_log2) + (g % 4 << (scales.group_log2 - 2));
     slot = slot == kStages - 1 ? 0 : slot + 1;
     if (!has_rows) continue;
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      const int step = stretch + s;
-      if (step >= end) break;
-      if ((s & a.group_mask) == 0) {
-        const unsigned char* sScale = sScales + (s >> a.group_shift << scales.group_log2);
-        load_scales(rScale, sScale, a.scale_dtype);
-        if (a.minimum) load_scales(rOffset, sScale + (2 << scales.block_log2), a.scale_dtype);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          rOffset[j] = fmaf(a.center_minus_zero, rScale[j], a.minimum ? rOffset[j] : 0.0f);
-          rScale[j] *= Math::kUnit;
-        }
-      }
-      uint4 rW[kLoads];
-#pragma unroll
-      for (int load = 0; load < kLoads; ++load)
-        rW[load] = *reinterpret_cast<const uint4*>(sW + ((s * kLoads + load) * 32 + lane) * 16);
-      unsigned rU[4][Math::kRegisters];
-      Math::unpack(rU, rW);
-      X rNext{};
-      if constexpr (!F::kSharedX) rNext = load_x(step + 1);
-      const bool closes = ((step + 1) & Math::x_group_mask(a)) == 0 || step + 1 == end;
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        const int token = t * kTokens + g;
-        if constexpr (F::kSharedX)
-          rX = *reinterpret_cast<const X*>(sX + token * F::kXRow + F::swizzled(token, s) * F::kPiece + i * sizeof(X));
-        auto& sums = rSums[Math::kHeldSums ? t : 0];
-        const auto b = Math::operand(rX);
-        Math::multiply(sums, rU, b);
-        if (closes) {
-          Math::close(rAcc[t], sums, rScale, rOffset, b, a, step, m0 + t * kTokens + 2 * i);
-          Math::clear(sums);
-        }
-      }
-      if constexpr (!F::kSharedX) rX = rNext;
+    widen_scales(sX + own + F::kWeights);
+    if (a.has_offset) {
+      multiply(std::true_type(), sX, sX + own, stretch);
+    } else {
+      multiply(std::false_type(), sX, sX + own, stretch);
     }
   }
 
@@ -306,7 +332,7 @@ void launch_product(const ProductArgs& a, const Cut& cut, Place place) {
   const int passes = ceil_div(a.M, kMostTiles * kTokens);
   const int teams = cut.warps / F::kTeamWarps;
   const size_t warp = F::kWeights + ScaleStage<F::kSteps>::of(a).bytes;
-  const size_t ring = teams * kStages * (F::kX + F::kTeamWarps * warp);
+  const size_t ring = teams * kStages * (F::kX + F::kTeamWarps * warp) + cut.warps * 2 * F::kScales * sizeof(float);
   const size_t sums = sizeof(float) * teams * kTiles * kTokens * F::kSumPitch;
   const Shape shape{dim3(ceil_div(a.N, F::kRows), cut.splits, passes), 32 * cut.warps, ring > sums ? ring : sums};
   launch("quant_matmul", quant_product_kernel<Math, kTiles>, shape, a, place);
