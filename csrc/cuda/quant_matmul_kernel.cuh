@@ -75,6 +75,8 @@ struct Form {
   // Steps of a stretch: three stages of two teams have to fit the 99 KB of desktop GPUs.
   static constexpr int kSteps = (kSharedX ? 2 : 4) / Math::kLoads;
   static constexpr int kWeights = kSteps * Math::kLoads * 32 * 16;
+  // Where sums take half of the registers, the next step's loads would take more than are left.
+  static constexpr int kUnroll = kTiles == kMostTiles ? 1 : kSteps;
   // A warp's scales and then its offsets, as fp32.
   static constexpr int kScales = kSteps * kStripRows;
   // A stage's x: rows of kSteps pieces, each the columns of a step.
@@ -241,7 +243,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kTiles == 1 ? 2 : 1) quant_pr
   };
   const auto multiply = [&](auto offset_tag, const unsigned char* sX, const unsigned char* sW, int stretch) {
     constexpr bool kOffset = decltype(offset_tag)::value;
-#pragma unroll
+#pragma unroll F::kUnroll
     for (int s = 0; s < kSteps; ++s) {
       const int step = stretch + s;
       const int quad = (g / 4 * scales.groups + (s >> a.group_shift)) * 4 + g % 4;
@@ -255,11 +257,11 @@ __global__ void __launch_bounds__(32 * kMostWarps, kTiles == 1 ? 2 : 1) quant_pr
         rW[load] = *reinterpret_cast<const uint4*>(sW + ((s * kLoads + load) * 32 + lane) * 16);
       unsigned rU[4][Math::kRegisters];
       Math::unpack(rU, rW);
-      X rNext{};
+      [[maybe_unused]] X rNext{};
       if constexpr (!F::kSharedX) rNext = load_x(step + 1);
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
-        const int token = t * kTokens + g;
+        [[maybe_unused]] const int token = t * kTokens + g;
         if constexpr (F::kSharedX)
           rX = *reinterpret_cast<const X*>(sX + token * F::kXRow + F::swizzled(token, s) * F::kPiece + i * sizeof(X));
         auto& sums = rSums[Math::kHeldSums ? t : 0];

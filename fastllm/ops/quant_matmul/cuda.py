@@ -42,6 +42,8 @@ def refuse(
         return f"it reads weights in layout 'x16', not '{layout}'; pack() them"
     if data.storage_offset() % 64:
         return "it reads weights that start on a 64-byte boundary"
+    if scale.storage_offset() % 8 or (minimum is not None and minimum.storage_offset() % 8):
+        return "it reads scales and minimums that start on a 16-byte boundary"
     if x.numel() // k > MOST_TOKENS and forced_backend() != "cuda":
         return f"above {MOST_TOKENS} tokens Triton's tiles, or the dequantised weight with cuBLAS, reuse more of what they read"
     return None
