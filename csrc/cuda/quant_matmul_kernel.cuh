@@ -166,40 +166,39 @@ __global__ void __launch_bounds__(32 * kMostWarps, kTiles == 1 ? 2 : 1) quant_pr
   // Rows past N: the last block is read once more, and what comes of it is not stored.
   const int blocks = static_cast<int>((a.N + 15) / 16);
   const auto block = [&](int half) { return 2 * strip + half < blocks ? 2 * strip + half : blocks - 1; };
-  const uint8_t* gW = a.data + (static_cast<int64_t>(block(g / 4)) * a.lines * 64 + g % 4 * 16);
+  const int line0 = i * kLoads;
+  const uint8_t* gW = a.data + ((static_cast<int64_t>(block(g / 4)) * a.lines + line0) * 64 + g % 4 * 16);
   const char* gX = static_cast<const char*>(a.x);
-  const auto exists = [&](int64_t token, int column) { return token < a.M && column < a.K; };  // whole 16 bytes do
   const auto address = [&](int64_t token, int column) { return gX + (token * a.x_stride + column) * Math::kXBytes; };
 
+  // A copy of no bytes does not read its source, which may then lie anywhere.
   const auto fetch_x = [&](unsigned char* sX, int step) {
     constexpr int kPerRow = F::kXRow / 16, kCopies = kTiles * kTokens * kPerRow;
 #pragma unroll
     for (int copy = threadIdx.x % F::kTeamThreads; copy < kCopies; copy += F::kTeamThreads) {
       const int token = copy / kPerRow, byte = copy % kPerRow * 16;
       const int column = step * kStepColumns + byte / Math::kXBytes;
-      const bool there = exists(m0 + token, column);
       ptx::copy_async_16(sX + token * F::kXRow + F::swizzled(token, byte / F::kPiece) * F::kPiece + byte % F::kPiece,
-                         there ? address(m0 + token, column) : gX, there ? 16 : 0);
+                         address(m0 + token, column), m0 + token < a.M && column < a.K ? 16 : 0);
     }
   };
   const auto fetch_weights = [&](unsigned char* sW, int step) {
+    const uint8_t* from = gW + static_cast<int64_t>(step) * (4 * kLoads * 64);
+    const int lines_left = a.lines - step * 4 * kLoads - line0;
 #pragma unroll
     for (int load = 0; load < kSteps * kLoads; ++load) {
-      const int line = (step + load / kLoads) * 4 * kLoads + i * kLoads + load % kLoads;
-      const bool there = line < a.lines;
-      ptx::copy_async_16(sW + (load * 32 + lane) * 16, gW + static_cast<int64_t>(there ? line : 0) * 64,
-                         there ? 16 : 0);
+      const int line = load / kLoads * 4 * kLoads + load % kLoads;
+      ptx::copy_async_16(sW + (load * 32 + lane) * 16, from + line * 64, line < lines_left ? 16 : 0);
     }
+    const int group = step >> a.group_shift;
 #pragma unroll
     for (int copy = 0; copy < 2; ++copy) {  // the second is fp32's
       const int byte = (copy * 32 + lane) * 16;
       if (byte >= scales.bytes) break;
       const int which = byte >> scales.block_log2, within = byte & ((1 << scales.block_log2) - 1);
-      const int group = step >> a.group_shift;
       const bool there = group + (within >> scales.group_log2) < a.groups;
-      const uint8_t* from = which < 2 ? a.scale : a.minimum;
       const int64_t at = ((static_cast<int64_t>(block(which % 2)) * a.groups + group) << scales.group_log2) + within;
-      ptx::copy_async_16(sW + F::kWeights + byte, from + (there ? at : 0), there ? 16 : 0);
+      ptx::copy_async_16(sW + F::kWeights + byte, (which < 2 ? a.scale : a.minimum) + at, there ? 16 : 0);
     }
   };
   const auto fetch = [&](int slot, int step) {
@@ -216,15 +215,19 @@ __global__ void __launch_bounds__(32 * kMostWarps, kTiles == 1 ? 2 : 1) quant_pr
   typename Math::Sums rSums[Math::kHeldSums ? kTiles : 1];
 #pragma unroll
   for (auto& sums : rSums) Math::clear(sums);
+  // A lane's own x, where it is not shared.
+  const char* gOwnX = address(m0 + g, 8 * i);
+  const int own_columns = m0 + g < a.M ? a.K - 8 * i : 0;
   const auto load_x = [&](int step) {
-    const int column = step * kStepColumns + 8 * i;
-    return exists(m0 + g, column) ? *reinterpret_cast<const X*>(address(m0 + g, column)) : X{};
+    const int column = step * kStepColumns;
+    return column < own_columns ? *reinterpret_cast<const X*>(gOwnX + static_cast<int64_t>(column) * Math::kXBytes)
+                                : X{};
   };
   X rX{};
   if constexpr (!F::kSharedX) rX = load_x(first);
 
   float* sScales = reinterpret_cast<float*>(shared_memory() + teams * kStages * stage_bytes) + warp * 2 * F::kScales;
-  float* sOffsets = sScales + F::kScales;
+  const float* sOwnScales = sScales + g / 4 * scales.groups * 16 + g % 4 * 4;  // of this lane's rows
   const auto widen_scales = [&](const unsigned char* sRaw) {
     if (lane < 8 * scales.groups) {  // four rows of a group each
       const int quarter = 1 << (scales.group_log2 - 2);
@@ -237,7 +240,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kTiles == 1 ? 2 : 1) quant_pr
         scale[j] *= Math::kUnit;
       }
       *reinterpret_cast<float4*>(sScales + 4 * lane) = {scale[0], scale[1], scale[2], scale[3]};
-      *reinterpret_cast<float4*>(sOffsets + 4 * lane) = {offset[0], offset[1], offset[2], offset[3]};
+      *reinterpret_cast<float4*>(sScales + F::kScales + 4 * lane) = {offset[0], offset[1], offset[2], offset[3]};
     }
     __syncwarp();
   };
@@ -246,9 +249,9 @@ __global__ void __launch_bounds__(32 * kMostWarps, kTiles == 1 ? 2 : 1) quant_pr
 #pragma unroll F::kUnroll
     for (int s = 0; s < kSteps; ++s) {
       const int step = stretch + s;
-      const int quad = (g / 4 * scales.groups + (s >> a.group_shift)) * 4 + g % 4;
-      const float4 scale = *reinterpret_cast<const float4*>(sScales + 4 * quad);
-      const float4 offset = kOffset ? *reinterpret_cast<const float4*>(sOffsets + 4 * quad) : float4{};
+      const float* sScale = sOwnScales + (s >> a.group_shift) * 16;
+      const float4 scale = *reinterpret_cast<const float4*>(sScale);
+      const float4 offset = kOffset ? *reinterpret_cast<const float4*>(sScale + F::kScales) : float4{};
       const float rScale[4] = {scale.x, scale.y, scale.z, scale.w};
       const float rOffset[4] = {offset.x, offset.y, offset.z, offset.w};
       uint4 rW[kLoads];
