@@ -10,13 +10,15 @@
 //   of x being one more product, with ones.
 //
 // Bytes: N K bits / 8 and the scales; 4 bits in groups of 32 with a minimum take 5 bits a weight. Flops: 2 M N K.
-// Instructions, of which a multiprocessor of an H200 issues 4 a cycle, 27 in the time that its share of 4.3 TB/s takes
-// for 128 bytes (a dword a lane): int4 bf16 11 to unpack, 1.5 products, 1 for x's order, 4 fma, 4 for scales, 3 for
-// addresses and loads, about 25 a dword that comes with a quarter more bytes in scales: 73 % of the 34 that fit. Bound
-// by memory, with little to spare: 75 to 80 % of 4.3 TB/s expected where every multiprocessor has 16 warps for some
-// microseconds (14336 x 4096 and up), less below, where the launch is as long as the reading. int8 rows: 7 to unpack a
-// dword, 0.5 products, 12 in all: 85 % expected. 64 tokens: 16 products of the matrix unit a dword, about 50 cycles of
-// it: the matrix units are the limit from some 24 tokens on.
+// Instructions: a multiprocessor of an H200 issues 4 a cycle, 27 in the time that its share of 4.3 TB/s takes for 128
+// bytes, a dword a lane; 34 in groups of 32 with a minimum, whose scales take time too. In PTX a step (4 dwords a lane)
+// of 4 bits, bf16, with a minimum, has 44 to unpack, 6 products, 16 fma, 4 for x's order and 11 loads and addresses,
+// and a stretch (4 steps) about 110 for copies and scales: 27 a dword, 80 % of what fits. Memory is the limit, with
+// little to spare: 70 to 80 % of 4.3 TB/s expected where a multiprocessor has 16 warps for some microseconds (14336 x
+// 4096 and up), less below, where the launch is as long as the reading. Without a minimum 24, fp16 2 less. int8 rows,
+// bf16: 90 a step of 8 dwords with and 79 without an offset, 17 a dword with a stretch's share: 80 to 85 %. 64 tokens:
+// 8 times 4 products a step, 6 with a minimum, at about 3 cycles of a quarter's matrix unit: above some 24 tokens these
+// are the limit, 14336 x 4096 taking about 20 us.
 #include "quant_matmul.h"
 #include "quant_matmul_kernel.cuh"
 
@@ -158,7 +160,7 @@ constexpr int kCopyThreads = 256;
 
 // Rows that cannot be read 16 bytes at a time become rows that can.
 __global__ void __launch_bounds__(kCopyThreads) arrange_kernel(ArrangeArgs a) {
-  const int64_t k = static_cast<int64_t>(blockIdx.x) * kCopyThreads + threadIdx.x, m = blockIdx.y;
+  const int64_t k = static_cast<int64_t>(blockIdx.y) * kCopyThreads + threadIdx.x, m = blockIdx.x;
   if (k < a.stride) a.to[m * a.stride + k] = k < a.K ? a.x[row_offset(a.x_rows, m) + k] : 0;
 }
 
@@ -256,7 +258,7 @@ void quant_matmul(const QuantMatmulArgs& a, Place place) {
   p.x_stride = a.x_rows.ndim == 0 ? 0 : a.x_rows.strides[0];
   if (plan.arrange) {
     auto* to = reinterpret_cast<uint16_t*>(a.workspace);
-    const Shape shape{dim3(ceil_div(plan.x_columns, kCopyThreads), static_cast<unsigned>(a.M)), kCopyThreads};
+    const Shape shape{dim3(static_cast<unsigned>(a.M), ceil_div(plan.x_columns, kCopyThreads)), kCopyThreads};
     launch("quant_matmul, rows of x", arrange_kernel, shape,
            ArrangeArgs{static_cast<const uint16_t*>(a.x), a.x_rows, a.M, a.K, plan.x_columns, to}, place);
   }

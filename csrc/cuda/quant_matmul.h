@@ -12,12 +12,12 @@ struct QuantMatmulArgs {
   const void *scale, *minimum;     // (ceil(N / 16), groups, 16) of scale_dtype; minimum may be null
   const void* bias;                // (N), may be null
   void* y;                         // (M, N) contiguous
-  float* workspace;                // of quant_matmul_workspace() floats; may be null where that is 0
+  float* workspace;                // quant_matmul_workspace() floats at a multiple of 16 bytes
   DType dtype, scale_dtype;        // dtype: of x, bias and y
   int64_t M, N, K, lines, groups;  // lines: of 64 bytes in a block of 16 rows
-  Rows x_rows;                     //
-  int bits, group_size, zero;      // group_size: K where a row is one group
-  bool int8_activations;           // x is rounded to int8 first, for each token and group of columns
+  Rows x_rows;
+  int bits, group_size, zero;  // group_size: K where a row is one group
+  bool int8_activations;       // x is rounded to int8 first, for each token and group of columns
 };
 
 // How many floats of memory the call needs for itself.

@@ -8,10 +8,11 @@
 //   8 bits: two dwords, the sign bit flipped. 4 bits: nibbles of one dword in the upper halves of bytes, 16 u; the
 //   scale is divided by 16, which is exact.
 //
-// Bytes: the weight's, as with float activations; x is small. Instructions a dword of 4 bits: 3 to unpack, half a
-// product, and once a group of x 8 subtractions, 8 scales, 16 fma for 8 tokens, about 15 in groups of 32 where 34 fit:
-// memory is the limit, 85 % of 4.3 TB/s expected on large weights, and with it more tokens than float activations have
-// before the arithmetic shows. Quantising x is a launch of its own, some 2 us, that a small product does not hide.
+// Bytes: the weight's, as with float activations; x is small. Instructions a step of 4 bits (4 dwords a lane), of which
+// 34 a dword fit: 12 to unpack, 2 products, and where a group of x ends 8 subtractions, 8 scales and 16 fma: 75 in
+// groups of 32 and some 40 in groups of 128, 18 to 26 a dword with the copies' share. Memory is the limit: 80 % of 4.3
+// TB/s expected on large weights, and with more tokens than float activations before the arithmetic shows. Quantising x
+// is a launch of its own, some 2 us, which a small product does not hide.
 #include "quant_matmul_kernel.cuh"
 #include "reduce.cuh"
 
@@ -102,7 +103,7 @@ template <typename T>
 __global__ void __launch_bounds__(32 * kQuantizeWarps) quantize_kernel(QuantizeArgs a) {
   constexpr int kMost = 4;  // elements a lane
   const int lane = threadIdx.x % 32;
-  const int64_t token = static_cast<int64_t>(blockIdx.y) * kQuantizeWarps + threadIdx.x / 32, group = blockIdx.x;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kQuantizeWarps + threadIdx.x / 32, group = blockIdx.y;
   if (token >= a.tokens) return;
   const T* x = static_cast<const T*>(a.x) + (token < a.M ? row_offset(a.x_rows, token) : 0);
   float values[kMost];
@@ -140,7 +141,7 @@ void launch_int8_product(const ProductArgs& a, int bits, const Cut& cut, Place p
 }
 
 void quantize_activations(const QuantizeArgs& a, Place place) {
-  const Shape shape{dim3(static_cast<unsigned>(a.groups), ceil_div(a.tokens, kQuantizeWarps)), 32 * kQuantizeWarps};
+  const Shape shape{dim3(ceil_div(a.tokens, kQuantizeWarps), static_cast<unsigned>(a.groups)), 32 * kQuantizeWarps};
   const auto body = [&](auto t) { launch("quant_matmul, x in int8", quantize_kernel<decltype(t)>, shape, a, place); };
   FASTLLM_FOR_FLOAT(a.dtype, body)
 }

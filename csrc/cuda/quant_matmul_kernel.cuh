@@ -154,14 +154,14 @@ __global__ void __launch_bounds__(32 * kMostWarps, kTiles == 1 ? 2 : 1) quant_pr
   const int parts = gridDim.y * teams, part = blockIdx.y * teams + team;
   const int64_t units = (a.steps + kUnitSteps - 1) / kUnitSteps;
   const int first = static_cast<int>(units * part / parts) * kUnitSteps;
-  const int end = static_cast<int>(units * (part + 1) / parts) * kUnitSteps;  // past K all is 0, x above all
+  const int end = static_cast<int>(units * (part + 1) / parts) * kUnitSteps;  // may lie past K, where all is 0
 
   // ---------------- from global to shared memory
   const auto scales = ScaleStage<kSteps>::of(a);
   const int stage_bytes = F::kX + F::kTeamWarps * (F::kWeights + scales.bytes);
   unsigned char* sTeam = shared_memory() + team * kStages * stage_bytes;
-  const int own =
-      F::kX + warp % F::kTeamWarps * (F::kWeights + scales.bytes);  // where a stage holds this warp's weights
+  // Where a stage holds this warp's weights.
+  const int own = F::kX + warp % F::kTeamWarps * (F::kWeights + scales.bytes);
 
   // Rows past N: the last block is read once more, and what comes of it is not stored.
   const int blocks = static_cast<int>((a.N + 15) / 16);

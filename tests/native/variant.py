@@ -74,7 +74,9 @@ def main() -> int:
     # `python -m` puts the working directory before everything else, so that is where the variant has to be.
     # A module's name is no path, though fastllm/ is there.
     before = ["", *arguments]
-    arguments = [str(ROOT / a) if b != "-m" and (ROOT / a.partition("::")[0]).exists() else a for a, b in zip(arguments, before)]
+    arguments = [
+        str(ROOT / a) if b != "-m" and (ROOT / a.partition("::")[0]).exists() else a for a, b in zip(arguments, before)
+    ]
     if "pytest" in arguments[:2]:
         arguments += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
     environment = {**os.environ, **run_environment(variant), "PYTHONPATH": str(package)}
