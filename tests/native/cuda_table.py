@@ -32,6 +32,18 @@ WIDE_STORE = r"st\.global[.\w]*\.v4\.(u32|b32|f32|s32)|st\.global[.\w]*\.v2\.(u6
 EXPECTED = [
     (r"^(rms_norm|gated_activation)_kernel<\w+, (4|8), ", {"16-byte loads": WIDE_LOAD, "16-byte stores": WIDE_STORE}),
     (r"^rotary_kernel<\w+, (4|8), ", {"16-byte loads": WIDE_LOAD}),
+    (
+        r"^quant_product_kernel<FloatMath<bf16",
+        {"16-byte loads": WIDE_LOAD, "bf16 product": r"mma\.sync\.[\w.]*m16n8k16[\w.]*\.bf16\.bf16"},
+    ),
+    (
+        r"^quant_product_kernel<FloatMath<f16",
+        {"16-byte loads": WIDE_LOAD, "fp16 product": r"mma\.sync\.[\w.]*m16n8k16[\w.]*\.f16\.f16"},
+    ),
+    (
+        r"^quant_product_kernel<Int8Math",
+        {"16-byte loads": WIDE_LOAD, "int8 product": r"mma\.sync\.[\w.]*m16n8k32[\w.]*\.s8\.s8"},
+    ),
 ]
 
 
