@@ -65,6 +65,7 @@ PYBIND11_MODULE(_cuda, m) {
 #ifdef FASTLLM_SIMT
   m.def("seed", &simt::seed, "the order of threads, blocks and copies from the next launch on");
 #endif
+  bind_attention(m);
   bind_gated_activation(m);
   bind_rms_norm(m);
 }
