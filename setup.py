@@ -139,7 +139,9 @@ def gpu_architectures() -> list[str]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
-    asked = subprocess.run([tool, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, check=False)
+    asked = subprocess.run(
+        [tool, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
     numbers = {line.strip().replace(".", "") for line in asked.stdout.splitlines() if re.fullmatch(r"\d+\.\d+\s*", line)}
     return [n + ("a" if n in ("90", "100") else "") for n in sorted(numbers, key=int)]
 
@@ -152,7 +154,9 @@ def cuda_toolkit() -> Toolkit | None:
     nvcc = find_nvcc()
     if nvcc is None:
         if wanted != "auto":
-            raise SystemExit(f"fastllm: FASTLLM_CUDA is '{wanted}' and no nvcc was found; put it on PATH or name it in CUDA_HOME")
+            raise SystemExit(
+                f"fastllm: FASTLLM_CUDA is '{wanted}' and no nvcc was found; put it on PATH or name it in CUDA_HOME"
+            )
         return None
     plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False).stderr
     root = re.search(r"^#\$ TOP=(.*)$", plan, re.M)
@@ -271,7 +275,7 @@ class NinjaBuild(build_ext):
             print("fastllm: building the CUDA kernels for the executor in tests/simt", flush=True)
             objects, plan = simt_objects(build), "simt.ninja"
         else:
-            assert TOOLKIT is not None
+            assert TOOLKIT is not None  # or there would be no such extension
             print(f"fastllm: building the CUDA kernels with {TOOLKIT.nvcc} for {' '.join(TOOLKIT.architectures)}", flush=True)
             objects, plan = cuda_objects(build, TOOLKIT), "cuda.ninja"
             libraries = f"-L{TOOLKIT.root / 'lib64'} -L{TOOLKIT.root / 'lib'} -lcudart_static -ldl -lrt"
@@ -301,4 +305,5 @@ class NinjaBuild(build_ext):
 FOR_EXECUTOR = os.environ.get("FASTLLM_CUDA") == "simt"
 TOOLKIT = cuda_toolkit()
 MODULES = ["fastllm._cpu", *(["fastllm._cuda"] if FOR_EXECUTOR or TOOLKIT is not None else [])]
-setup(ext_modules=[Extension(name, sources=[]) for name in MODULES], cmdclass={"build_ext": NinjaBuild})
+if __name__ == "__main__":  # tests/native/cuda_table.py reads the flags above
+    setup(ext_modules=[Extension(name, sources=[]) for name in MODULES], cmdclass={"build_ext": NinjaBuild})

@@ -26,7 +26,18 @@ import torch
 
 from .errors import value_error
 
-__all__ = ["BACKENDS", "Backend", "cpu_module", "cuda_executor", "cuda_module", "forced_backend", "info", "isa_names", "use_backend", "use_isa"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "cpu_module",
+    "cuda_executor",
+    "cuda_module",
+    "forced_backend",
+    "info",
+    "isa_names",
+    "use_backend",
+    "use_isa",
+]
 
 BACKENDS = ("cuda", "triton", "torch", "cpu", "reference")
 

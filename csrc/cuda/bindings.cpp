@@ -5,7 +5,6 @@ namespace fastllm::cuda {
 
 void bind_attention(py::module_& m);
 void bind_gated_activation(py::module_& m);
-void bind_quant_matmul(py::module_& m);
 void bind_rms_norm(py::module_& m);
 void bind_rotary(py::module_& m);
 
@@ -64,10 +63,19 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("architectures") = FASTLLM_CUDA_ARCHS;
 #ifdef FASTLLM_SIMT
   m.def("seed", &simt::seed, "the order of threads, blocks and copies from the next launch on");
+  m.def("launches", [] {
+    py::dict all;
+    for (const auto& [name, seen] : simt::launches()) {
+      all[name.c_str()] = py::dict(py::arg("count") = seen.count, py::arg("blocks") = seen.blocks,
+                                   py::arg("threads") = seen.threads, py::arg("shared_bytes") = seen.shared_bytes);
+    }
+    return all;
+  });
 #endif
   bind_attention(m);
   bind_gated_activation(m);
   bind_rms_norm(m);
+  bind_rotary(m);
 }
 
 }  // namespace fastllm::cuda

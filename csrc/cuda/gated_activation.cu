@@ -40,9 +40,11 @@ __global__ void __launch_bounds__(kThreads) gated_activation_kernel(GatedActivat
   for (int v = 0; v < kVectors; ++v) {
     const int64_t i = first + v * kThreads * kVec;
     if (i >= a.I) continue;
+    Floats<kVec> h = widened(g[v]);
+    const Floats<kVec> wide_up = widened(u[v]);
 #pragma unroll
-    for (int e = 0; e < kVec; ++e) g[v].at[e] = narrow<T>(activated<kGeluTanh>(widen(g[v].at[e])) * widen(u[v].at[e]));
-    store_pack<T, kVec>(y + i, g[v]);
+    for (int e = 0; e < kVec; ++e) h.at[e] = activated<kGeluTanh>(h.at[e]) * wide_up.at[e];
+    store_pack<T, kVec>(y + i, narrowed<T>(h));
   }
 }
 

@@ -41,8 +41,8 @@ inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) 
 inline unsigned char* shared_memory() { return simt::shared_memory(); }
 
 template <typename Args>
-void launch(const char*, void (*kernel)(Args), const Shape& shape, const Args& args, Place) {
-  simt::run(shape.grid, static_cast<unsigned>(shape.threads), shape.shared_bytes, [&] { kernel(args); });
+void launch(const char* name, void (*kernel)(Args), const Shape& shape, const Args& args, Place) {
+  simt::run(name, shape.grid, static_cast<unsigned>(shape.threads), shape.shared_bytes, [&] { kernel(args); });
 }
 
 #else

@@ -96,6 +96,10 @@ __device__ __forceinline__ float reciprocal(float x) {
   return result;
 }
 
+// No instruction: from here on the compiler takes the register for a new value, and does not keep in further registers
+// what it had made of the old one.
+__device__ __forceinline__ void make_opaque(unsigned& x) { asm volatile("" : "+r"(x)); }
+
 // ---------------------------------------------------------------- memory
 
 // 16 bytes that nobody reads again: they do not push others out of the first cache. 9.7.9.8, ld.global.nc.

@@ -1,7 +1,7 @@
 // RMSNorm, with the residual added first if there is one: each element is read once and written once.
 //
 //   row    |<- 16 bytes ->|<- 16 bytes ->| ...        thread t of the row's threads holds vectors t, t + threads, ...
-//   block  rows of up to 1024 bytes: a warp each, four to a block; longer ones: a block each, of up to 32 warps
+//   block  rows of up to 1024 bytes: a warp each, four to a block; longer ones: a block each, of 4 or 16 warps
 //
 // Bytes: 2 K elements a row, 4 K with a residual (2 read, 2 written), and the weight, which stays in cache. 4 flops an
 // element: copying is the limit. With one row a block and all of a row's loads in flight before the first sum, what is
@@ -15,9 +15,6 @@ namespace fastllm::cuda {
 namespace {
 
 constexpr int kRowsOfWarps = 4;  // rows a block where each has one warp
-constexpr int kVectors = 4;      // a thread's, where the row's threads can be as many as it takes
-constexpr int kMostVectors = 8;  // of a thread's registers: 32 for 2-byte elements
-constexpr int kMostThreads = 1024;
 
 // fp32 squares are summed in fp64: beside an outlier the sum of the others would lose its last bits.
 template <typename T>
@@ -31,7 +28,7 @@ struct SumOfSquares<float> {
 
 // kWarps: of a row. kVec: elements of one access. kHeld: vectors that a thread keeps; a row of more is read again.
 template <typename T, int kVec, int kWarps, int kHeld>
-__global__ void __launch_bounds__(kWarps == 1 ? 32 * kRowsOfWarps : 32 * kWarps) rms_norm_kernel(RmsNormArgs a) {
+__global__ void __launch_bounds__(kWarps == 1 ? 32 * kRowsOfWarps : 32 * kWarps, 1) rms_norm_kernel(RmsNormArgs a) {
   using Wide = typename SumOfSquares<T>::type;
   constexpr int kThreads = 32 * kWarps;
   constexpr int kRows = kWarps == 1 ? kRowsOfWarps : 1;
@@ -41,20 +38,20 @@ __global__ void __launch_bounds__(kWarps == 1 ? 32 * kRowsOfWarps : 32 * kWarps)
   const T* x = static_cast<const T*>(a.x) + row_offset(a.x_rows, row);
   const T* residual = a.residual ? static_cast<const T*>(a.residual) + row_offset(a.residual_rows, row) : nullptr;
   const T* weight = static_cast<const T*>(a.weight);
-  T* y = static_cast<T*>(a.y) + row * a.K;
+  T* y_row = static_cast<T*>(a.y) + row * a.K;
   T* sum = a.residual ? static_cast<T*>(a.sum) + row * a.K : nullptr;
   const int64_t K = a.K;
   constexpr int64_t kStep = kThreads * kVec;
 
   // x + residual, rounded to their dtype as PyTorch's add does.
   const auto load_sum = [&](int64_t k) {
-    Pack<T, kVec> h = load_pack<T, kVec>(x + k);
-    if (residual) {
-      const Pack<T, kVec> r = load_pack<T, kVec>(residual + k);
+    const Pack<T, kVec> loaded = load_pack<T, kVec>(x + k);
+    if (!residual) return loaded;
+    Floats<kVec> h = widened(loaded);
+    const Floats<kVec> r = widened(load_pack<T, kVec>(residual + k));
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) h.at[i] = narrow<T>(widen(h.at[i]) + widen(r.at[i]));
-    }
-    return h;
+    for (int i = 0; i < kVec; ++i) h.at[i] += r.at[i];
+    return narrowed<T>(h);
   };
   Pack<T, kVec> held[kHeld];
 #pragma unroll
@@ -63,12 +60,10 @@ __global__ void __launch_bounds__(kWarps == 1 ? 32 * kRowsOfWarps : 32 * kWarps)
     if (k < K) held[v] = load_sum(k);
   }
   Wide squares = 0;
-  const auto add_squares = [&](const Pack<T, kVec>& h) {
+  const auto add_squares = [&](const Pack<T, kVec>& held) {
+    const Floats<kVec> h = widened(held);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      const Wide wide = widen(h.at[i]);
-      squares += wide * wide;
-    }
+    for (int i = 0; i < kVec; ++i) squares += static_cast<Wide>(h.at[i]) * static_cast<Wide>(h.at[i]);
   };
 #pragma unroll
   for (int v = 0; v < kHeld; ++v) {
@@ -79,24 +74,24 @@ __global__ void __launch_bounds__(kWarps == 1 ? 32 * kRowsOfWarps : 32 * kWarps)
   // A row's mean in fp64 costs nothing; the four roundings of fp32 would shift the whole row.
   const float inverse = static_cast<float>(1.0 / sqrt(static_cast<double>(squares) / static_cast<double>(K) + a.eps));
 
-  const auto finish = [&](int64_t k, const Pack<T, kVec>& h) {
-    Pack<T, kVec> w, out;
-    if (weight) w = load_pack<T, kVec>(weight + k);
+  const auto finish = [&](int64_t k, const Pack<T, kVec>& held) {
+    Floats<kVec> y = widened(held);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      float normed = widen(h.at[i]) * inverse;
-      if (weight) {
-        if (a.round_before_weight) normed = widen(narrow<T>(normed));
-        normed *= widen(w.at[i]) + a.offset;
-      }
-      out.at[i] = narrow<T>(normed);
+    for (int i = 0; i < kVec; ++i) y.at[i] *= inverse;
+    if (weight) {
+      if (a.round_before_weight) y = widened(narrowed<T>(y));
+      const Floats<kVec> w = widened(load_pack<T, kVec>(weight + k));
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) y.at[i] *= w.at[i] + a.offset;
     }
-    store_pack<T, kVec>(y + k, out);
-    if (sum) store_pack<T, kVec>(sum + k, h);
+    store_pack<T, kVec>(y_row + k, narrowed<T>(y));
+    if (sum) store_pack<T, kVec>(sum + k, held);
   };
 #pragma unroll
   for (int v = 0; v < kHeld; ++v) {
     const int64_t k = v * kStep + thread * kVec;
+    // As fp32, which it was for the sum, a row would take twice the registers.
+    make_opaque(held[v]);
     if (k < K) finish(k, held[v]);
   }
   for (int64_t k = kHeld * kStep + thread * kVec; k < K; k += kStep) finish(k, load_sum(k));
@@ -111,11 +106,13 @@ void launch_as(const RmsNormArgs& a, Place place) {
 
 template <typename T, int kVec>
 void launch_vectors(const RmsNormArgs& a, Place place) {
+  // A thread's vectors are all in flight at once. 16 of them are 64 registers, half of what a thread of 512 may have:
+  // 64 k elements of 2 bytes are one pass; what does not fit is read again, from the second cache.
   const int64_t vectors = (a.K + kVec - 1) / kVec;
   if (vectors <= 32 * 2) return launch_as<T, kVec, 1, 2>(a, place);
-  if (vectors <= 128 * kVectors) return launch_as<T, kVec, 4, kVectors>(a, place);
-  if (vectors <= 512 * kVectors) return launch_as<T, kVec, 16, kVectors>(a, place);
-  return launch_as<T, kVec, kMostThreads / 32, kMostVectors>(a, place);
+  if (vectors <= 128 * 4) return launch_as<T, kVec, 4, 4>(a, place);
+  if (vectors <= 512 * 4) return launch_as<T, kVec, 16, 4>(a, place);
+  return launch_as<T, kVec, 16, 16>(a, place);
 }
 
 template <typename T>

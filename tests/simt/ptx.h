@@ -83,6 +83,8 @@ inline float without_denormals(float x) { return std::fabs(x) < 0x1p-126f ? std:
 inline float exp2(float x) { return without_denormals(std::exp2(x)); }
 inline float reciprocal(float x) { return without_denormals(1.0f / x); }
 
+inline void make_opaque(unsigned&) {}
+
 // ---------------------------------------------------------------- memory
 
 inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }

@@ -8,7 +8,6 @@
 #include <random>
 #include <sstream>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -137,6 +136,14 @@ void resume(int fiber) {
   arrived(fake_stack, false);
 }
 
+void prepare(ucontext_t& context, void* stack) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, start, 0);
+}
+
 void run_block(dim3 at, dim3 grid, unsigned threads, size_t shared_bytes) {
   Block here;
   block = &here;
@@ -150,13 +157,8 @@ void run_block(dim3 at, dim3 grid, unsigned threads, size_t shared_bytes) {
   if (shared_bytes > 0) std::memset(shared.get(), 0xff, shared_bytes);
   while (stacks.size() < threads) stacks.emplace_back(new unsigned char[kStackBytes]);
   for (unsigned i = 0; i < threads; ++i) {
-    Fiber& fiber = here.fibers[i];
-    fiber.who = {dim3(i, 0, 0), at, dim3(threads), grid};
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stacks[i].get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, start, 0);
+    here.fibers[i].who = {dim3(i, 0, 0), at, dim3(threads), grid};
+    prepare(here.fibers[i].context, stacks[i].get());
     here.ready.push_back(static_cast<int>(i));
   }
   for (unsigned done = 0; done < threads;) {
@@ -189,7 +191,18 @@ void arrive(const Copy& copy) {
 
 void seed(uint64_t value) { next_seed = value; }
 
-void run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
+std::map<std::string, Launches>& launches() {
+  static std::map<std::string, Launches> known;
+  return known;
+}
+
+void run(const char* kernel_name, dim3 grid, unsigned threads, size_t shared_bytes,
+         const std::function<void()>& kernel) {
+  Launches& seen = launches()[kernel_name];
+  ++seen.count;
+  seen.blocks = std::max(seen.blocks, grid.x * grid.y * grid.z);
+  seen.threads = std::max(seen.threads, threads);
+  seen.shared_bytes = std::max(seen.shared_bytes, shared_bytes);
   generator.seed(next_seed);
   body = &kernel;
   failure.clear();
@@ -202,7 +215,7 @@ void run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<v
   std::shuffle(blocks.begin(), blocks.end(), generator);
   for (const dim3& at : blocks) {
     run_block(at, grid, threads, shared_bytes);
-    if (!failure.empty()) throw std::runtime_error("simt: " + failure);
+    if (!failure.empty()) throw std::runtime_error(std::string(kernel_name) + ": " + failure);
   }
 }
 

@@ -15,6 +15,8 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <string>
 
 #define __global__
 #define __device__
@@ -56,8 +58,16 @@ extern Thread self;
 
 // Runs every block of a grid. Throws std::runtime_error for a deadlock and for lanes that meet in different
 // instructions.
-void run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
+void run(const char* name, dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
 void seed(uint64_t value);
+
+// Of each kernel's launches so far, by name: the most blocks, threads a block and bytes of shared memory.
+struct Launches {
+  int count = 0;
+  unsigned blocks = 0, threads = 0;
+  size_t shared_bytes = 0;
+};
+std::map<std::string, Launches>& launches();
 
 unsigned char* shared_memory();
 int lane();

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...backends import Backend
 from .. import _check, _op, _triton
-from . import native, reference
+from . import cuda, native, reference
 
 # ---------------------------------------------------------------- checks
 
@@ -221,6 +221,7 @@ _rotary = _op.Op(
     fake=_fake,
     backends=(
         Backend("cpu", native.apply_rotary, native.refuse),
+        Backend("cuda", cuda.apply_rotary, cuda.refuse),
         _triton.backend(__package__, "apply_rotary"),
         Backend("reference", _reference, _check.never_refuse),
     ),
@@ -234,6 +235,7 @@ _rotary_cache = _op.Op(
     fake=_fake_cache,
     backends=(
         Backend("cpu", native.apply_rotary_cache, native.refuse_cache),
+        Backend("cuda", cuda.apply_rotary_cache, cuda.refuse_cache),
         _triton.backend(__package__, "apply_rotary_cache"),
         Backend("reference", _reference_cache, _check.never_refuse),
     ),

@@ -18,11 +18,11 @@ def empty_like(x: Tensor) -> Tensor:
     """(B, H, T, D), dense, in (B, T, H, D) memory order where x is: what a model's projection gives, and wants back."""
     B, H, T, D = x.shape
     if x.stride(1) < x.stride(2):
-        return _op.empty((B, T, H, D), dtype=x.dtype).transpose(1, 2)
-    return _op.empty((B, H, T, D), dtype=x.dtype)
+        return _op.empty((B, T, H, D), dtype=x.dtype, device=x.device).transpose(1, 2)
+    return _op.empty((B, H, T, D), dtype=x.dtype, device=x.device)
 
 
-def _refuse_lanes(**tensors: Tensor) -> str | None:
+def refuse_lanes(**tensors: Tensor) -> str | None:
     for name, t in tensors.items():
         if t.stride(-1) != 1 and t.shape[-1] > 1:
             return f"it reads {name} with stride 1 in the last dim"
@@ -30,7 +30,7 @@ def _refuse_lanes(**tensors: Tensor) -> str | None:
 
 
 def refuse(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: object) -> str | None:
-    return _op.refuse_unless_cpu(q, k, cos, sin) or _refuse_lanes(q=q, k=k, cos=cos, sin=sin)
+    return _op.refuse_unless_cpu(q, k, cos, sin) or refuse_lanes(q=q, k=k, cos=cos, sin=sin)
 
 
 def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def refuse_cache(
 ) -> str | None:
     if k_scale is not None and q.shape[-1] > MAX_INT8_D:
         return f"it writes heads of up to {MAX_INT8_D} to an int8 cache, not {q.shape[-1]}"
-    return _op.refuse_unless_cpu(q, k, v, cos, sin, k_cache, v_cache, positions, slots, k_scale, v_scale) or _refuse_lanes(
+    return _op.refuse_unless_cpu(q, k, v, cos, sin, k_cache, v_cache, positions, slots, k_scale, v_scale) or refuse_lanes(
         q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache
     )
 

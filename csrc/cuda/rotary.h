@@ -1,0 +1,46 @@
+#pragma once
+
+#include "../tensor.h"
+#include "launch.h"
+
+namespace fastllm::cuda {
+
+// One of q, k, v (B, heads, T, D) and where its result goes. Strides in elements, of (batch, head, token); lanes
+// have 1.
+struct RotaryTensor {
+  const void* in;
+  void* out;
+  DType out_dtype;
+  int heads;
+  int64_t in_strides[3], out_strides[3];
+  bool rotated;  // v is not
+  bool slotted;  // token t of sequence b goes to row slots[b, t] of a cache rather than to row t
+  float* scale;  // (batch, head, token) of an int8 cache; else null
+  int64_t scale_strides[3];
+};
+
+struct RotaryArgs {
+  RotaryTensor tensors[3];
+  int num_tensors;
+  DType dtype;  // of every `in`
+  int64_t B, T;
+  int D, R;                // the first R lanes of D are rotated, the others copied
+  const void *cos, *sin;   // rows of R
+  DType table_dtype;       // of both: f32 or dtype
+  int64_t table_rows;      // of cos and sin
+  int64_t cos_strides[2];  // of (batch, row)
+  int64_t sin_strides[2];
+  const int64_t* positions;  // (B, T): which row of cos and sin; null: row t
+  int64_t positions_strides[2];
+  const int64_t* slots;  // (B, T), for slotted tensors
+  int64_t slots_strides[2];
+  int64_t cache_rows;
+  bool interleaved;  // pairs are lanes (2i, 2i + 1), else (i, i + R / 2)
+};
+
+constexpr int kMaxRotaryD = 512;
+
+// A position or a slot is read on the GPU: one outside of its table gives NaN, one outside of its cache writes nothing.
+void rotary(const RotaryArgs& args, Place place);
+
+}  // namespace fastllm::cuda

@@ -1,0 +1,108 @@
+"""The CUDA C++ kernels: every op's small cases against float64, under many orders of threads, and wrong kernels, which must fail.
+
+python tests/native/variant.py simt -m pytest tests/test_cuda.py     # `make simt`: on the executor, where there is no GPU
+
+On a GPU the same cases run natively. What is not of the executor (the build, the module's sentences) is in test_build.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastllm.backends import cuda_executor, cuda_module
+from fastllm.measure.poison import poisoned as poisoned_outputs
+from fastllm.measure.verify import all_cases, case_inputs, device_of, forced, refusal, run_case, runs_here, to_device, too_slow
+from fastllm.ops._op import OPS
+
+pytestmark = pytest.mark.skipif(
+    not runs_here("cuda"), reason="python tests/native/variant.py simt -m pytest tests/test_cuda.py runs it"
+)
+on_executor = pytest.mark.skipif(not cuda_executor(), reason="the executor's: it has no GPU's equal")
+
+ROOT = Path(__file__).resolve().parents[1]
+SEEDS = (1, 2, 3)
+CASES = [
+    pytest.param(spec, case, id=f"{spec.op}-{case.name}-{case.dtype}")
+    for spec in all_cases().values()
+    if any(backend.name == "cuda" for backend in OPS[spec.op].backends)
+    for case in spec.cases
+    if not too_slow(case, None, "cuda")
+]
+
+
+@pytest.mark.parametrize(("spec", "case"), CASES)
+def test_cuda_kernel_is_within_the_rule(spec, case):
+    device = device_of("cuda")
+    with forced("cuda"):
+        why = refusal(spec, to_device(case_inputs(spec, case), device), "cuda")
+        if why is not None:
+            pytest.skip(why)
+        for seed in SEEDS if cuda_executor() else (0,):
+            if cuda_executor():
+                cuda_module().seed(seed)
+            with poisoned_outputs() as memory:
+                verdict = run_case(spec, case, device=device)
+                overrun = memory.overrun()
+            assert verdict.ok, f"seed {seed}: {verdict.why}"
+            assert not overrun, f"seed {seed}: {overrun}"
+
+
+@on_executor
+def test_bits_do_not_depend_on_the_order_of_threads():
+    """No kernel adds in the order of arrival."""
+    for spec in all_cases().values():
+        case = next((c for c in spec.cases if not too_slow(c, None, "cuda") and c.dtype == torch.bfloat16), None)
+        if case is None:
+            continue
+        with forced("cuda"):
+            if refusal(spec, case_inputs(spec, case), "cuda") is not None:
+                continue
+            results = []
+            for seed in SEEDS:
+                cuda_module().seed(seed)
+                results.append(spec.call(**case_inputs(spec, case)))
+        first, *others = ([y] if isinstance(y, torch.Tensor) else list(y) for y in results)
+        for other in others:
+            assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, other)), spec.op
+
+
+@on_executor
+def test_launches_fit_every_gpu_they_are_compiled_for():
+    """99 KiB of shared memory a block on desktop GPUs; 1024 threads."""
+    for spec, case in (p.values for p in CASES):
+        with forced("cuda"):
+            if refusal(spec, case_inputs(spec, case), "cuda") is None:
+                run_case(spec, case, device="cpu")
+    for name, seen in cuda_module().launches().items():
+        print(f"{name}: {seen}")
+        assert seen["threads"] <= 1024 and seen["threads"] % 32 == 0, name
+        assert seen["shared_bytes"] <= 99 << 10, name
+
+
+# ---------------------------------------------------------------- wrong kernels
+
+
+def _mutants():
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "tests" / "simt" / "mutants.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@on_executor
+@pytest.mark.skipif(os.environ.get("FASTLLM_MUTANTS") == "0", reason="this is a mutant")
+@pytest.mark.parametrize("mutant", _mutants().MUTANTS, ids=lambda m: f"{m.file}: {m.what}")
+def test_a_wrong_kernel_fails(mutant, tmp_path):
+    package = _mutants().build(mutant, tmp_path)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    command += ["--rootdir", str(ROOT), str(ROOT / "tests" / "test_cuda.py"), "-k", f"within_the_rule and ({mutant.cases})"]
+    environment = {**os.environ, "PYTHONPATH": str(package), "FASTLLM_MUTANTS": "0"}
+    done = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
