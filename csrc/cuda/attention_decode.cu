@@ -55,14 +55,14 @@ __global__ void __launch_bounds__(DecodeTile<Cache, kD>::kThreads) attention_dec
   const int first = max(some.begin, split * a.split_keys), last = min(some.end, (split + 1) * a.split_keys);
   if (first >= last) return;  // nobody will ask for this split
 
-  // Rows g and g + 8 of this lane: what they see, and their q, for int8 in the order that widen_bytes gives K.
-  KeyRange rSeen[1][2];
+  // Of rows g and g + 8 of this lane. What is made of a row that is not there is never stored.
+  const auto position = [&](int, int half) { return keys - a.T + (r0 + lane / 4 + 8 * half) / G; };
+  // Their q; beside int8 in the order that widen_bytes gives K.
   unsigned rQ[kD / 16][4];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = r0 + lane / 4 + 8 * half, t = r / G, h = head * G + r % G;
     const bool there = r < R;
-    rSeen[0][half] = there ? visible_keys(a, keys, keys - a.T + t, keys - a.T + t) : KeyRange{0, 0};
     const T* gQ = static_cast<const T*>(a.q) + b * a.q_strides.outer + h * a.q_strides.head + t * a.q_strides.token;
     const auto pair = [](T x, T y) { return x.bits | static_cast<unsigned>(y.bits) << 16; };
 #pragma unroll
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(DecodeTile<Cache, kD>::kThreads) attention_dec
       }
     }
     transform(rS, a);
-    if (tile * kN < every.begin || (tile + 1) * kN > every.end) hide(rS, rSeen, tile * kN);
+    if (tile * kN < every.begin || (tile + 1) * kN > every.end) hide(rS, a, keys, tile * kN, position);
     softmax.weigh(rS, rO, a.exponent);
     if constexpr (Tile::kScaled) {
 #pragma unroll

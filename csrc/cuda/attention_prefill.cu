@@ -50,20 +50,12 @@ __global__ void __launch_bounds__(PrefillTile<kHeadDim>::kThreads) attention_pre
   const int first_tile = block_sees.begin / kN;
   const int tiles = max(0, (block_sees.end + kN - 1) / kN - first_tile);
 
-  // This warp's rows, and those of this lane.
+  // This warp's rows.
   const int warp_t0 = t0 + warp * 16 * kM, warp_last = min(warp_t0 + 16 * kM, a.T) - 1;
   const bool live = warp_t0 < a.T;
   const KeyRange some = visible_keys(a, keys, position0 + warp_t0, position0 + warp_last);
   const KeyRange every = visible_keys(a, keys, position0 + warp_last, position0 + warp_t0);
-  KeyRange rSeen[kM][2];
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int position = position0 + warp_t0 + 16 * m + 8 * half + lane / 4;
-      rSeen[m][half] = visible_keys(a, keys, position, position);
-    }
-  }
+  const auto position = [&](int m, int half) { return position0 + warp_t0 + 16 * m + 8 * half + lane / 4; };
 
   unsigned char* const sQ = shared_memory();
   unsigned char* const sRing = sQ + Tile::kBlockM * Tile::kRowBytes;
@@ -126,7 +118,7 @@ __global__ void __launch_bounds__(PrefillTile<kHeadDim>::kThreads) attention_pre
       float rS[kM][kN / 8][4];
       score<T, T, kD, kN, kM>(rS, load_q, sK);
       transform(rS, a);
-      if (start < every.begin || start + kN > every.end) hide(rS, rSeen, start);
+      if (start < every.begin || start + kN > every.end) hide(rS, a, keys, start, position);
       softmax.weigh(rS, rO, a.exponent);
       narrow_weights<T>(rP, rS);
     }

@@ -87,7 +87,8 @@ __device__ __forceinline__ Token find_token(const AttentionArgs& a, int b, int k
 template <unsigned kChunks>
 __device__ __forceinline__ unsigned swizzled(unsigned row, unsigned chunk) {
   constexpr unsigned kSame = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1;
-  return row * kChunks + (chunk ^ (row / (8 / kSame) % kSame));
+  // In two parts, so that only the one that the lane changes is more than a constant.
+  return row * kChunks + chunk / kSame * kSame + (chunk % kSame ^ row / (8 / kSame) % kSame);
 }
 
 // ---------------------------------------------------------------- products
@@ -162,11 +163,11 @@ __device__ __forceinline__ void score(float (&rS)[kM][kN / 8][4], const LoadQ& l
 #pragma unroll
       for (int j = 0; j < kN / 8; j += 2) {  // ldmatrix: 16 elements of 16 keys
         unsigned rK[4];
-        ptx::load_matrices(rK, sK + 16 * swizzled<kChunks>(8 * j + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
+        ptx::load_matrices(rK, sK + 16 * swizzled<kChunks>(8 * j + lane % 16, 2 * i + lane / 16));
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-          multiply<T>(rS[m][j], rQ[m], rK[0], rK[1]);
-          multiply<T>(rS[m][j + 1], rQ[m], rK[2], rK[3]);
+          multiply<T>(rS[m][j], rQ[m], rK[0], rK[2]);
+          multiply<T>(rS[m][j + 1], rQ[m], rK[1], rK[3]);
         }
       }
     }
@@ -234,18 +235,24 @@ __device__ __forceinline__ void transform(float (&rS)[kM][kJ][4], const Attentio
   }
 }
 
-// Scores of keys that a row does not see become minus infinity. rSeen: rows g and g + 8 of each 16.
-template <int kM, int kJ>
-__device__ __forceinline__ void hide(float (&rS)[kM][kJ][4], const KeyRange (&rSeen)[kM][2], int start) {
+// Scores of keys that a row does not see become minus infinity. position(m, half): of rows g and g + 8 of each 16.
+template <int kM, int kJ, typename Position>
+__device__ __forceinline__ void hide(float (&rS)[kM][kJ][4], const AttentionArgs& a, int keys, int start,
+                                     const Position& position) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int j = 0; j < kJ; ++j) {
+    for (int half = 0; half < 2; ++half) {
+      // From this lane's first column on.
+      const KeyRange seen = visible_keys(a, keys, position(m, half), position(m, half));
+      const int begin = seen.begin - start - 2 * (static_cast<int>(threadIdx.x) % 4),
+                end = begin + seen.end - seen.begin;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int key = start + 8 * j + 2 * (static_cast<int>(threadIdx.x) % 4) + e % 2;
-        const KeyRange& seen = rSeen[m][e / 2];
-        if (key < seen.begin || key >= seen.end) rS[m][j][e] = -INFINITY;
+      for (int j = 0; j < kJ; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (8 * j + e < begin || 8 * j + e >= end) rS[m][j][2 * half + e] = -INFINITY;
+        }
       }
     }
   }
