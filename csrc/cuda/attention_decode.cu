@@ -22,9 +22,9 @@ namespace fastllm::cuda {
 namespace {
 
 constexpr int kRows = 16;
-constexpr int kStages = 3;
 
-// A stage of K and V is about 8 KiB, so that a block's rings fit the 99 KiB that every GPU from 8.0 on has.
+// A stage of K and V is about 8 KiB, so that a block's rings fit the 99 KiB that every GPU from 8.0 on has. Beside the
+// sums of a head of 256 q does not fit into registers, and a stage is twice as large.
 template <typename Cache, int kD>
 struct DecodeTile {
   static constexpr bool kScaled = sizeof(Cache) == 1;
@@ -32,10 +32,13 @@ struct DecodeTile {
   static constexpr int kChunks = kD * sizeof(Cache) / 16;
   static constexpr int kTileBytes = 16 * kChunks * kN;
   static constexpr int kStageBytes = 2 * kTileBytes + (kScaled ? 2 * kN * 4 : 0);
-  static constexpr int kNumWarps = kD <= 128 ? 4 : 2;
+  static constexpr bool kSharedQ = kD > 128;
+  static constexpr int kNumWarps = kSharedQ ? 2 : 4;
+  static constexpr int kStages = kSharedQ ? 2 : 3;
   static constexpr int kRingBytes = kStages * kStageBytes;
+  static constexpr int kSharedBytes = kNumWarps * kRingBytes + (kSharedQ ? kRows * kD * 2 : 0);
   static constexpr int kThreads = 32 * kNumWarps;
-  static_assert(kNumWarps * kRingBytes <= 99 << 10 && (kRows * (kD + 2)) * 4 <= kRingBytes);
+  static_assert(kSharedBytes <= 99 << 10 && kRows * (kD + 2) * 4 <= kRingBytes);
 };
 
 // fp16 holds a weight times v's scale wherever it would hold v, if that is made 64 times larger.
@@ -44,7 +47,7 @@ constexpr float kValueScale = 64.0f;
 template <typename T, typename Cache, int kD>
 __global__ void __launch_bounds__(DecodeTile<Cache, kD>::kThreads) attention_decode_kernel(AttentionArgs a) {
   using Tile = DecodeTile<Cache, kD>;
-  constexpr int kN = Tile::kN, kNumWarps = Tile::kNumWarps, kChunks = Tile::kChunks;
+  constexpr int kN = Tile::kN, kNumWarps = Tile::kNumWarps, kStages = Tile::kStages, kChunks = Tile::kChunks;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int G = a.H / a.Hk, R = a.T * G, row_tiles = (R + kRows - 1) / kRows;
   const int r0 = blockIdx.x % row_tiles * kRows, head = blockIdx.x / row_tiles;
@@ -57,34 +60,47 @@ __global__ void __launch_bounds__(DecodeTile<Cache, kD>::kThreads) attention_dec
 
   // Of rows g and g + 8 of this lane. What is made of a row that is not there is never stored.
   const auto position = [&](int, int half) { return keys - a.T + (r0 + lane / 4 + 8 * half) / G; };
-  // Their q; beside int8 in the order that widen_bytes gives K.
-  unsigned rQ[kD / 16][4];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int r = r0 + lane / 4 + 8 * half, t = r / G, h = head * G + r % G;
-    const bool there = r < R;
-    const T* gQ = static_cast<const T*>(a.q) + b * a.q_strides.outer + h * a.q_strides.head + t * a.q_strides.token;
+  // Elements 16 i .. 16 i + 15 of their q as an mma's operand a; beside int8 in the order that widen_bytes gives K.
+  const auto fetch_q = [&](int i, unsigned (&to)[4]) {
     const auto pair = [](T x, T y) { return x.bits | static_cast<unsigned>(y.bits) << 16; };
 #pragma unroll
-    for (int i = 0; i < kD / 16; ++i) {
-      unsigned left = 0, right = 0;
-      if (there && Tile::kScaled) {
-        const Pack<T, 4> x = load_pack<T, 4>(gQ + 16 * i + lane % 4 * 4);
-        left = pair(x.at[0], x.at[2]);
-        right = pair(x.at[1], x.at[3]);
-      } else if (there) {
-        const Pack<T, 2> x = load_pack<T, 2>(gQ + 16 * i + lane % 4 * 2);
-        const Pack<T, 2> y = load_pack<T, 2>(gQ + 16 * i + lane % 4 * 2 + 8);
-        left = pair(x.at[0], x.at[1]);
-        right = pair(y.at[0], y.at[1]);
+    for (int half = 0; half < 2; ++half) {
+      const int r = r0 + lane / 4 + 8 * half, t = r / G, h = head * G + r % G;
+      const int64_t row = b * a.q_strides.outer + h * a.q_strides.head + t * a.q_strides.token;
+      const T* const gQ = static_cast<const T*>(a.q) + row + 16 * i;
+      if (r >= R) {
+        to[half] = to[2 + half] = 0;
+      } else if constexpr (Tile::kScaled) {
+        const Pack<T, 4> x = load_pack<T, 4>(gQ + lane % 4 * 4);
+        to[half] = pair(x.at[0], x.at[2]);
+        to[2 + half] = pair(x.at[1], x.at[3]);
+      } else {
+        const Pack<T, 2> x = load_pack<T, 2>(gQ + lane % 4 * 2), y = load_pack<T, 2>(gQ + lane % 4 * 2 + 8);
+        to[half] = pair(x.at[0], x.at[1]);
+        to[2 + half] = pair(y.at[0], y.at[1]);
       }
-      rQ[i][half] = left;
-      rQ[i][2 + half] = right;
     }
-  }
-  const auto load_q = [&](int i, unsigned (&to)[1][4]) {
+  };
+  unsigned rQ[Tile::kSharedQ ? 1 : kD / 16][4];
+  uint4* const sQ = reinterpret_cast<uint4*>(shared_memory() + kNumWarps * Tile::kRingBytes) + lane;
+  if constexpr (Tile::kSharedQ) {
+    for (int i = warp; i < kD / 16; i += kNumWarps) {
+      fetch_q(i, rQ[0]);
+      sQ[32 * i] = {rQ[0][0], rQ[0][1], rQ[0][2], rQ[0][3]};
+    }
+    __syncthreads();
+  } else {
 #pragma unroll
-    for (int part = 0; part < 4; ++part) to[0][part] = rQ[i][part];
+    for (int i = 0; i < kD / 16; ++i) fetch_q(i, rQ[i]);
+  }
+  const auto load_q = [&](unsigned, int i, unsigned (&to)[1][4]) {
+    if constexpr (Tile::kSharedQ) {
+      const uint4 x = sQ[32 * i];
+      to[0][0] = x.x, to[0][1] = x.y, to[0][2] = x.z, to[0][3] = x.w;
+    } else {
+#pragma unroll
+      for (int part = 0; part < 4; ++part) to[0][part] = rQ[i][part];
+    }
   };
 
   unsigned char* const sRing = shared_memory() + warp * Tile::kRingBytes;
@@ -98,6 +114,7 @@ __global__ void __launch_bounds__(DecodeTile<Cache, kD>::kThreads) attention_dec
   const auto load = [&](int tile, int stage, const Token& mine) {
     unsigned char* const sK = sRing + stage * Tile::kStageBytes;
     unsigned char* const sV = sK + Tile::kTileBytes;
+    const int lane = static_cast<int>(opaque_thread() % 32);
 #pragma unroll
     for (int i = 0; i < kN * kChunks / 32; ++i) {
       const int row = (32 * i + lane) / kChunks, chunk = (32 * i + lane) % kChunks;
@@ -276,7 +293,7 @@ template <typename T, typename Cache, int kD>
 void launch_as(const AttentionArgs& a, Place place) {
   using Tile = DecodeTile<Cache, kD>;
   const int R = a.T * (a.H / a.Hk);
-  const Shape shape{dim3(ceil_div(R, kRows) * a.Hk, a.splits, a.B), Tile::kThreads, Tile::kNumWarps * Tile::kRingBytes};
+  const Shape shape{dim3(ceil_div(R, kRows) * a.Hk, a.splits, a.B), Tile::kThreads, Tile::kSharedBytes};
   launch("attention_decode", attention_decode_kernel<T, Cache, kD>, shape, a, place);
   const size_t floats = 2 * kAddThreads / 32 + kAddThreads / (kD / 4) * kD + a.splits;
   launch("attention_add", attention_add_kernel<T>, {dim3(a.Hk * R, a.B), kAddThreads, 4 * floats}, a, place);

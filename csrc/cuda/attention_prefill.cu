@@ -69,9 +69,10 @@ __global__ void __launch_bounds__(PrefillTile<kHeadDim>::kThreads) attention_pre
     const TokenStrides strides = step % 2 == 0 ? a.k_strides : a.v_strides;
     unsigned char* const to = sRing + step % kSlots * kTileBytes;
     const int start = (first_tile + step / 2) * kN;
+    const int thread = static_cast<int>(opaque_thread() % Tile::kThreads);
 #pragma unroll
     for (int i = 0; i < kN * kChunks / Tile::kThreads; ++i) {
-      const int at = i * Tile::kThreads + threadIdx.x, row = at / kChunks, chunk = at % kChunks;
+      const int at = i * Tile::kThreads + thread, row = at / kChunks, chunk = at % kChunks;
       const bool there = start + row < block_sees.end;
       const Token token = there ? find_token(a, b, start + row) : Token{0, 0};
       ptx::copy_async_16(to + 16 * swizzled<kChunks>(row, chunk), from + token.offset(strides) + chunk * kPerVector<T>,
@@ -98,10 +99,10 @@ __global__ void __launch_bounds__(PrefillTile<kHeadDim>::kThreads) attention_pre
     load(i);
     ptx::commit_copies();
   }
-  const auto load_q = [&](int i, unsigned (&rQ)[kM][4]) {
+  const auto load_q = [&](unsigned lane, int i, unsigned (&rQ)[kM][4]) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      const int row = (warp * kM + m) * 16 + lane % 16;
+      const unsigned row = (warp * kM + m) * 16 + lane % 16;
       ptx::load_matrices(rQ[m], sQ + 16 * swizzled<kChunks>(row, 2 * i + lane / 16));
     }
   };

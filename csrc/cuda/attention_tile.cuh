@@ -91,6 +91,13 @@ __device__ __forceinline__ unsigned swizzled(unsigned row, unsigned chunk) {
   return row * kChunks + chunk / kSame * kSame + (chunk % kSame ^ row / (8 / kSame) % kSame);
 }
 
+// For addresses that are made anew for each tile: kept for all of them they would take more registers than there are.
+__device__ __forceinline__ unsigned opaque_thread() {
+  unsigned thread = threadIdx.x;
+  ptx::make_opaque(thread);
+  return thread;
+}
+
 // ---------------------------------------------------------------- products
 
 template <typename T>
@@ -129,11 +136,11 @@ __device__ __forceinline__ int output_column(int j, int e) {
   return 8 * j + 2 * c + e;
 }
 
-// rS = q K^T. load_q(i, rQ) gives elements 16 i .. 16 i + 15 of the rows as operands a.
+// rS = q K^T. load_q(lane, i, rQ) gives elements 16 i .. 16 i + 15 of the rows as operands a.
 template <typename T, typename Cache, int kD, int kN, int kM, typename LoadQ>
 __device__ __forceinline__ void score(float (&rS)[kM][kN / 8][4], const LoadQ& load_q, const unsigned char* sK) {
   constexpr unsigned kChunks = kD * sizeof(Cache) / 16;
-  const unsigned lane = threadIdx.x % 32;
+  const unsigned lane = opaque_thread() % 32;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -145,7 +152,7 @@ __device__ __forceinline__ void score(float (&rS)[kM][kN / 8][4], const LoadQ& l
 #pragma unroll
   for (int i = 0; i < kD / 16; ++i) {
     unsigned rQ[kM][4];
-    load_q(i, rQ);
+    load_q(lane, i, rQ);
     if constexpr (sizeof(Cache) == 1) {
 #pragma unroll
       for (int j = 0; j < kN / 8; j += 4) {  // ldmatrix: 16 elements of 32 keys
@@ -179,7 +186,7 @@ template <typename T, typename Cache, int kD, int kN, int kM>
 __device__ __forceinline__ void add_values(float (&rO)[kM][kD / 8][4], const unsigned (&rP)[kM][kN / 16][4],
                                            const unsigned char* sV) {
   constexpr unsigned kChunks = kD * sizeof(Cache) / 16;
-  const unsigned lane = threadIdx.x % 32;
+  const unsigned lane = opaque_thread() % 32;
 #pragma unroll
   for (int j = 0; j < kD / 8; j += 2) {
     if constexpr (sizeof(Cache) == 1) {
