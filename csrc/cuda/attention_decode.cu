@@ -38,6 +38,7 @@ struct DecodeTile {
   static constexpr int kRingBytes = kStages * kStageBytes;
   static constexpr int kSharedBytes = kNumWarps * kRingBytes + (kSharedQ ? kRows * kD * 2 : 0);
   static constexpr int kThreads = 32 * kNumWarps;
+  static constexpr int kBlocks = kSharedQ ? 1 : 2;  // at once: left to itself, ptxas would spill to make it three
   static_assert(kSharedBytes <= 99 << 10 && kRows * (kD + 2) * 4 <= kRingBytes);
 };
 
@@ -45,7 +46,8 @@ struct DecodeTile {
 constexpr float kValueScale = 64.0f;
 
 template <typename T, typename Cache, int kD>
-__global__ void __launch_bounds__(DecodeTile<Cache, kD>::kThreads) attention_decode_kernel(AttentionArgs a) {
+__global__ void __launch_bounds__(DecodeTile<Cache, kD>::kThreads, DecodeTile<Cache, kD>::kBlocks)
+    attention_decode_kernel(AttentionArgs a) {
   using Tile = DecodeTile<Cache, kD>;
   constexpr int kN = Tile::kN, kNumWarps = Tile::kNumWarps, kStages = Tile::kStages, kChunks = Tile::kChunks;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(DecodeTile<Cache, kD>::kThreads) attention_dec
     unsigned char* const sK = sRing + stage * Tile::kStageBytes;
     unsigned char* const sV = sK + Tile::kTileBytes;
     const int lane = static_cast<int>(opaque_thread() % 32);
-#pragma unroll
+#pragma unroll 4  // all at once their addresses would not fit beside the sums of a wide head
     for (int i = 0; i < kN * kChunks / 32; ++i) {
       const int row = (32 * i + lane) / kChunks, chunk = (32 * i + lane) % kChunks;
       const Token token{__shfl_sync(kWholeWarp, mine.page, row), __shfl_sync(kWholeWarp, mine.row, row)};

@@ -32,7 +32,10 @@ WIDE_STORE = r"st\.global[.\w]*\.v4\.(u32|b32|f32|s32)|st\.global[.\w]*\.v2\.(u6
 EXPECTED = [
     (r"^(rms_norm|gated_activation)_kernel<\w+, (4|8), ", {"16-byte loads": WIDE_LOAD, "16-byte stores": WIDE_STORE}),
     (r"^rotary_kernel<\w+, (4|8), ", {"16-byte loads": WIDE_LOAD}),
-    (r"^attention_(decode|prefill)_kernel<", {"16-byte copies": WIDE_LOAD, "matrix instructions": r"mma\.sync\.aligned\.m16n8k16"}),
+    (
+        r"^attention_(decode|prefill)_kernel<",
+        {"16-byte copies": WIDE_LOAD, "matrix instructions": r"mma\.sync\.aligned\.m16n8k16"},
+    ),
     (r"^attention_prefill_kernel<", {"16-byte stores": WIDE_STORE}),
 ]
 

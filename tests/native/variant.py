@@ -72,7 +72,9 @@ def main() -> int:
         return 0
     # `python -m` puts the working directory before everything else, so that is where the variant has to be.
     here = (ROOT / a.partition("::")[0] for a in arguments)
-    arguments = [str(ROOT / a) if at.exists() and before != "-m" else a for before, a, at in zip(["", *arguments], arguments, here)]
+    arguments = [
+        str(ROOT / a) if at.exists() and before != "-m" else a for before, a, at in zip(["", *arguments], arguments, here)
+    ]
     if "pytest" in arguments[:2]:
         arguments += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
     environment = {**os.environ, **run_environment(variant), "PYTHONPATH": str(package)}
