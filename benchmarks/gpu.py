@@ -1,8 +1,10 @@
 """Everything that waits for a GPU, in one run: `make gpu`.
 
-    python benchmarks/gpu.py [--steps tests,verify,bench,tune] [--results benchmarks/results] [--seconds 0.3]
+    python benchmarks/gpu.py [--steps build,tests,sanitizer,verify,bench,tune] [--results benchmarks/results] [--seconds 0.3]
 
-tests   the Triton kernels' tests, on the GPU
+build   fastllm._cpu and fastllm._cuda, in place, with the nvcc and the compiler that are found
+tests   the CUDA and Triton kernels' tests, on the GPU
+sanitizer  the CUDA kernels' tests under compute-sanitizer: memcheck, racecheck
 verify  every case against float64
 bench   every model shape and the GPUs' own, beside PyTorch eager, torch.compile, SDPA's flash and cuDNN backends and
         Liger-Kernel (where installed, or in build/gpu, where `make gpu-rivals` puts it), with the share of this GPU's limits
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from datetime import date
@@ -25,35 +28,46 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def steps(stem: str, results: Path, seconds: float) -> dict[str, list[str]]:
+def steps(stem: str, results: Path, seconds: float) -> dict[str, list[list[str]]]:
     fastllm = [sys.executable, "-m", "fastllm"]
 
     def file(step: str) -> list[str]:
         return ["--json", str(results / f"{step}-{stem}.json")]
 
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    backends = ["--backend", "cuda,triton,torch"]
     return {
-        "tests": [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "tests/test_triton.py",
-            "tests/test_launch.py",
+        "build": [[sys.executable, "setup.py", "-q", "build_ext", "--inplace"]],
+        "tests": [[*tests, "tests/test_cuda.py", "tests/test_triton.py", "tests/test_launch.py"]],
+        # One dtype and the shorter shapes: the tools slow kernels down some hundred times.
+        "sanitizer": [
+            [
+                "compute-sanitizer",
+                "--tool",
+                tool,
+                "--error-exitcode",
+                "1",
+                *tests,
+                "tests/test_cuda.py",
+                "-k",
+                "bfloat16 and not llama",
+            ]
+            for tool in ("memcheck", "racecheck")
         ],
-        "verify": [*fastllm, "verify", "--backend", "triton,torch", *file("verify")],
+        "verify": [[*fastllm, "verify", *backends, *file("verify")]],
         "bench": [
-            *(*fastllm, "bench", "--backend", "triton,torch", "--cold", "--rivals", "torch,compile,others"),
-            *("--seconds", str(seconds), *file("bench")),
+            [
+                *(*fastllm, "bench", *backends, "--cold", "--rivals", "torch,compile,others"),
+                *("--seconds", str(seconds), *file("bench")),
+            ]
         ],
-        "tune": [*fastllm, "tune", *file("tune")],
+        "tune": [[*fastllm, "tune", *file("tune")]],
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", default="tests,verify,bench", help="(default: %(default)s)")
+    parser.add_argument("--steps", default="build,tests,sanitizer,verify,bench", help="(default: %(default)s)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="folder (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=0.3, help="of each row (default: %(default)s)")
     options = parser.parse_args()
@@ -66,13 +80,20 @@ def main() -> int:
     if not torch.cuda.is_available():
         print(f"gpu: torch.cuda.is_available() is False, expected a GPU; with one, PyTorch {torch.__version__} would run")
         for step in wanted:
-            print("   ", " ".join(known[step]))
+            for command in known[step]:
+                print("   ", " ".join(command))
         return 0
     rivals = [str(ROOT / "build/gpu"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, rivals))}
-    failed = [step for step in wanted if subprocess.run(known[step], cwd=ROOT, env=environment, check=False).returncode]
-    for step in failed:
-        print("gpu: failed:", " ".join(known[step]))
+    failed = []
+    for step in wanted:
+        for command in known[step]:
+            if shutil.which(command[0]) is None:
+                print(f"gpu: {command[0]} is not on PATH, so {step} is left out")
+            elif subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
+                failed.append(command)
+    for command in failed:
+        print("gpu: failed:", " ".join(command))
     return 1 if failed else 0
 
 

@@ -12,9 +12,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from native import rungs
 
-from fastllm.backends import cpu_module
+import fastllm
+from fastllm.backends import cpu_module, cuda_executor, cuda_module
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = next(iter(ROOT.glob(f"build/temp.*{sys.implementation.cache_tag}")), None)
@@ -150,3 +152,28 @@ def test_the_source_distribution_can_be_built_from(tmp_path):
     missing = [str(p.relative_to(ROOT)) for p in needed if str(p.relative_to(ROOT)) not in inside]
     assert not missing
     assert not [name for name in inside if name.endswith((".so", ".o", ".pyc"))]
+
+
+def test_an_architecture_that_nvcc_does_not_know_is_one_sentence(tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    done = build(tmp_path, FASTLLM_CUDA="80 7")
+    assert done.returncode != 0
+    assert done.stderr.startswith("fastllm: the CUDA kernels are to be built for 80 7; "), done.stderr
+
+
+@pytest.mark.skipif(cuda_module() is None or cuda_executor(), reason="`make compile-cuda` builds it and runs this")
+def test_cuda_module_is_imported_without_a_gpu_and_says_so():
+    facts = fastllm.info()["cuda_kernels"]
+    assert facts["architectures"] and facts["runtime"] >= 12000
+    libraries = subprocess.run(["ldd", cuda_module().__file__], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"libcuda|libcudart|libtorch|libc10", libraries), libraries
+    if torch.cuda.is_available():
+        return
+    assert facts["devices"] == 0
+    assert facts["why"] == "no CUDA driver is installed" or facts["why"].startswith("the CUDA driver says: ")
+    x = torch.ones(2, 64)
+    with pytest.raises(NotImplementedError, match="it takes CUDA tensors, not cpu"), fastllm.use_backend("cuda"):
+        fastllm.rms_norm(x, None)
+    with pytest.raises(ValueError, match="a tensor is on the CPU, expected a CUDA device"):
+        cuda_module().rms_norm(x, None, None, torch.empty_like(x), None, 1e-6, 0.0, True)

@@ -67,13 +67,22 @@ void bind_rotary(py::module_& m) {
       [](const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& cos, const TensorView& sin,
          const TensorView& q_out, const TensorView& k_cache, const TensorView& v_cache, const TensorView& positions,
          const std::optional<TensorView>& slots, const std::optional<TensorView>& k_scale,
-         const std::optional<TensorView>& v_scale, bool interleaved) {
+         const std::optional<TensorView>& v_scale, const std::optional<TensorView>& block_table, bool interleaved) {
         FASTLLM_CHECK((k_cache.dtype == DType::i8) == k_scale.has_value() && k_scale.has_value() == v_scale.has_value(),
                       "apply_rotary_cache: an int8 cache needs k_scale and v_scale, others have none");
         RotaryArgs a = rotary_args(q, cos, sin, interleaved);
         if (cos.ndim == 2) a.positions = indices(positions, a.positions_strides);
         a.slots = indices(slots ? *slots : positions, a.slots_strides);
         a.cache_rows = k_cache.shape[2];
+        if (block_table) {
+          a.page = k_cache.shape[2];
+          a.num_pages = k_cache.shape[0];
+          a.cache_rows = a.page * block_table->shape[1];
+          a.block_table = block_table->data;
+          a.block_table_dtype = block_table->dtype;
+          a.block_table_strides[0] = block_table->strides[0];
+          a.block_table_strides[1] = block_table->strides[1];
+        }
         a.tensors[0] = rotary_tensor(q, q_out, true, false);
         a.tensors[1] = rotary_tensor(k, k_cache, true, true);
         a.tensors[2] = rotary_tensor(v, v_cache, false, true);
@@ -82,7 +91,8 @@ void bind_rotary(py::module_& m) {
         a.num_tensors = 3;
         rotary(a, place_of(q));
       },
-      "(q, k, v, cos, sin, q_out, k_cache, v_cache, positions, slots, k_scale, v_scale, interleaved): fills q_out, "
+      "(q, k, v, cos, sin, q_out, k_cache, v_cache, positions, slots, k_scale, v_scale, block_table, interleaved): "
+      "fills q_out, "
       "writes k "
       "and v to their slots");
 }

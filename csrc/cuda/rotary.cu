@@ -80,10 +80,18 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(RotaryArgs a) {
 
   const int64_t position = a.positions ? a.positions[b * a.positions_strides[0] + t * a.positions_strides[1]] : t;
   const bool is_known = position >= 0 && position < a.table_rows;
-  const int64_t slot = x.slotted ? a.slots[b * a.slots_strides[0] + t * a.slots_strides[1]] : t;
-  const bool writes = is_there && (!x.slotted || (slot >= 0 && slot < a.cache_rows));
+  int64_t slot = x.slotted ? a.slots[b * a.slots_strides[0] + t * a.slots_strides[1]] : t;
+  bool writes = is_there && (!x.slotted || (slot >= 0 && slot < a.cache_rows));
+  int64_t piece = b;  // the sequence's, or the page
+  if (x.slotted && writes && a.block_table != nullptr) {
+    const int64_t at = b * a.block_table_strides[0] + slot / a.page * a.block_table_strides[1];
+    piece = a.block_table_dtype == DType::i64 ? static_cast<const int64_t*>(a.block_table)[at]
+                                              : static_cast<const int32_t*>(a.block_table)[at];
+    slot %= a.page;
+    writes = piece >= 0 && piece < a.num_pages;
+  }
   const T* in = static_cast<const T*>(x.in) + b * x.in_strides[0] + head * x.in_strides[1] + t * x.in_strides[2];
-  const int64_t out = b * x.out_strides[0] + head * x.out_strides[1] + slot * x.out_strides[2];
+  const int64_t out = piece * x.out_strides[0] + head * x.out_strides[1] + slot * x.out_strides[2];
   const int64_t cos_row = b * a.cos_strides[0] + position * a.cos_strides[1];
   const int64_t sin_row = b * a.sin_strides[0] + position * a.sin_strides[1];
   const bool is_wide = a.table_dtype == DType::f32;
@@ -163,7 +171,7 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(RotaryArgs a) {
     const bool is_usable = is_finite && largest >= kTiny;
     inverse = is_usable ? 127.0f / largest : 0.0f;
     if (writes && x.scale != nullptr && lane == 0) {
-      float& scale = x.scale[b * x.scale_strides[0] + head * x.scale_strides[1] + slot * x.scale_strides[2]];
+      float& scale = x.scale[piece * x.scale_strides[0] + head * x.scale_strides[1] + slot * x.scale_strides[2]];
       scale = is_usable ? largest / 127.0f : is_finite ? 0.0f : __int_as_float(0x7fffffff);
     }
   }

@@ -34,7 +34,12 @@ struct RotaryArgs {
   int64_t positions_strides[2];
   const int64_t* slots;  // (B, T), for slotted tensors
   int64_t slots_strides[2];
-  int64_t cache_rows;
+  int64_t cache_rows;  // slots that a sequence has
+  const void*
+      block_table;  // (B, max_pages) int32 or int64: slot s is row s % page of page block_table[b, s / page] of the
+  DType block_table_dtype;  // caches, whose batch stride is then a page's; null for caches in one piece
+  int64_t block_table_strides[2];
+  int64_t page, num_pages;
   bool interleaved;  // pairs are lanes (2i, 2i + 1), else (i, i + R / 2)
 };
 

@@ -54,15 +54,14 @@ class Kernel:
     why: str
 
 
-def nvcc() -> str:
-    """The compiler and flags that setup.py takes."""
+def nvcc(targets: str) -> str:
+    """The compiler and flags that setup.py takes for them."""
+    os.environ["FASTLLM_CUDA"] = targets.replace(",", " ")
     spec = importlib.util.spec_from_file_location("fastllm_setup", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     setup = importlib.util.module_from_spec(spec)
     sys.modules["fastllm_setup"] = setup  # its NamedTuple looks itself up there
     spec.loader.exec_module(setup)
-    if setup.TOOLKIT is None:
-        raise SystemExit("cuda_table: no nvcc was found; put it on PATH or name it in CUDA_HOME")
     # The one inside its toolkit: what is on PATH may be a script beside no ptxas.
     return f"{setup.TOOLKIT.root / 'bin' / 'nvcc'} {setup.NVCC_FLAGS}"
 
@@ -115,7 +114,7 @@ def main() -> int:
     parser.add_argument("--targets", default=TARGETS, help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the table here too")
     options = parser.parse_args()
-    command = nvcc()
+    command = nvcc(options.targets)
     sources = [CUDA / name for name in options.files] or sorted(CUDA.glob("*.cu"))
     tasks = [(source, target) for source in sources for target in options.targets.split(",")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -1,16 +1,19 @@
 """Wrong variants of the CUDA kernels, each of which must fail: a line of a source, and what stands there instead.
 
-Only what the line changes is compiled again, with the executor build's own commands (build/simt must be there).
+Only what the line changes is compiled again, with the executor build's own commands (`python tests/native/variant.py simt` makes it).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
+
+import ninja
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -21,14 +24,14 @@ class Mutant(NamedTuple):
     what: str
     line: str  # found in it once
     wrong: str
-    cases: str  # pytest's -k: the cases that are to catch it
+    cases: str  # words that the names of the cases hold which are to catch it, "rms_norm and residual"
 
 
 MUTANTS = [
     Mutant("rms_norm.cu", "no eps", "/ static_cast<double>(K) + a.eps", "/ static_cast<double>(K)", "rms_norm and tiny"),
-    Mutant("rms_norm.cu", "the residual is not added", "widen(h.at[i]) + widen(r.at[i])", "widen(h.at[i])", "rms_norm and residual"),
+    Mutant("rms_norm.cu", "the residual is not added", "h.at[i] += r.at[i];", ";", "rms_norm and residual"),
     Mutant("rms_norm.cu", "a row's tail is not summed", "add_squares(load_sum(k));", ";", "rms_norm and 20011"),
-    Mutant("rms_norm.cu", "rounded after the weight", "if (a.round_before_weight)", "if (false)", "rms_norm and 33"),
+    Mutant("rms_norm.cu", "the offset is not added", "w.at[i] + a.offset", "w.at[i]", "rms_norm and gemma"),
     Mutant("reduce.cuh", "sums are read before all are there", "    __syncthreads();\n", "", "rms_norm and 576"),
     Mutant("reduce.cuh", "a warp's last step is left out", "distance > 0", "distance > 1", "rms_norm and 131"),
     Mutant("gated_activation.cu", "silu for gelu", "a.gelu_tanh ?", "false ?", "gated_activation and gelu"),
@@ -36,13 +39,14 @@ MUTANTS = [
     Mutant("rotary.cu", "sine's sign", "left * cos_left - right * sin_left", "left * cos_left + right * sin_left", "rotary"),
     Mutant("rotary.cu", "halves for neighbours", "a.interleaved && kVec > 1", "false && kVec > 1", "rotary and interleaved"),
     Mutant("rotary.cu", "the rest of the lanes is not copied", "(a.D - turned) / kVec", "0", "rotary"),
-    Mutant("rotary.cu", "the slot is off by one", "slot * x.out_strides[2]", "(slot + 1) * x.out_strides[2]", "rotary_cache"),
+    Mutant("rotary.cu", "the slot is its neighbour", "t * a.slots_strides[1]] : t", "t * a.slots_strides[1]] ^ 1 : t", "rotary_cache"),
+    Mutant("rotary.cu", "a page's row is its neighbour", "slot %= a.page;", "slot = (slot + 1) % a.page;", "rotary_cache and pages"),
     Mutant("rotary.cu", "an int8 row's step is a lane's own", "largest = reduce_lanes<kLanes>(largest, Largest());", "", "rotary_cache and int8"),
 ]  # fmt: skip
 
 
-def build(mutant: Mutant, folder: Path) -> Path:
-    """The directory to put on the module path: the executor's package with the mutant's own _cuda."""
+def build(mutant: Mutant, folder: Path) -> ModuleType:
+    """fastllm._cuda with the mutant in it, beside the one that is loaded."""
     text = (SOURCES / mutant.file).read_text()
     assert text.count(mutant.line) == 1, f"{mutant.file} holds {text.count(mutant.line)} times: {mutant.line}"
     changed = folder / "cuda"  # beside a "..", as csrc/cuda is
@@ -65,16 +69,14 @@ def build(mutant: Mutant, folder: Path) -> Path:
             .replace(f"{name}.d", str(folder / "d"))
         )
         link = link.replace(f" {name} ", f" {folder / name} ")
-    package = folder / "package" / "fastllm"
-    package.mkdir(parents=True)
-    for file in (BUILD / "package" / "fastllm").iterdir():
-        if not file.name.startswith("_cuda"):
-            (package / file.name).symlink_to(file.resolve())
-    run(re.sub(r" -o \S+", f" -o {package / next((BUILD / 'package' / 'fastllm').glob('_cuda*')).name}", link))
-    return package.parent
-
-
-BUILD = ROOT / "build" / "simt"
+    library = folder / "_cuda.so"
+    run(re.sub(r" -o \S+", f" -o {library}", link))
+    # pybind11 keeps modules by name: under its own it would be the one that is loaded.
+    spec = importlib.util.spec_from_file_location(f"{folder.name}._cuda", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def objects() -> Path:
@@ -82,10 +84,7 @@ def objects() -> Path:
 
 
 def ninja_commands() -> list[str]:
-    sys.path.insert(0, str(ROOT))
-    from ninja import BIN_DIR
-
-    command = [f"{BIN_DIR}/ninja", "-f", "simt.ninja", "-t", "commands"]
+    command = [f"{ninja.BIN_DIR}/ninja", "-f", "simt.ninja", "-t", "commands"]
     return subprocess.run(command, cwd=objects(), capture_output=True, text=True, check=True).stdout.splitlines()
 
 

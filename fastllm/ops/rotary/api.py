@@ -47,7 +47,7 @@ def _angles(op: str, cos: Any, sin: Any, q: Tensor, table: bool) -> None:
         raise _check.shape_error(op, "cos", cos.shape, "a last dim rotary_dim", because)
 
 
-def _cache(op: str, arg: str, cache: Any, k: Tensor, quantized: bool) -> None:
+def _cache(op: str, arg: str, cache: Any, k: Tensor, quantized: bool, paged: bool) -> None:
     if quantized:
         _check.tensor(op, arg, cache)
         if cache.dtype != torch.int8:
@@ -59,8 +59,23 @@ def _cache(op: str, arg: str, cache: Any, k: Tensor, quantized: bool) -> None:
     if cache.device != k.device:
         raise ValueError(f"{op}: {arg} is on {cache.device}, expected {k.device} to match k")
     B, Hk, _, D = k.shape
-    if cache.dim() != 4 or (cache.shape[0], cache.shape[1], cache.shape[3]) != (B, Hk, D):
-        raise _check.shape_error(op, arg, cache.shape, f"({B}, {Hk}, max_tokens, {D})", f"to match k {tuple(k.shape)}")
+    if cache.dim() != 4 or (cache.shape[1], cache.shape[3]) != (Hk, D) or not (paged or cache.shape[0] == B):
+        expected = f"(num_pages, {Hk}, page, {D})" if paged else f"({B}, {Hk}, max_tokens, {D})"
+        raise _check.shape_error(op, arg, cache.shape, expected, f"to match k {tuple(k.shape)}")
+    if paged and 0 in (cache.shape[0], cache.shape[2]):
+        raise _check.shape_error(op, arg, cache.shape, "num_pages and page of at least 1", "because block_table is given")
+
+
+def _table(op: str, table: Any, q: Tensor) -> None:
+    _check.tensor(op, "block_table", table)
+    if table.dtype not in (torch.int32, torch.int64):
+        raise _check.dtype_error(op, "block_table", table.dtype, "torch.int32 or torch.int64")
+    if table.dim() != 2 or table.shape[0] != q.shape[0]:
+        raise _check.shape_error(
+            op, "block_table", table.shape, f"({q.shape[0]}, max_pages)", "one row of pages a sequence of q"
+        )
+    if table.device != q.device:
+        raise ValueError(f"{op}: block_table is on {table.device}, expected {q.device} to match q")
 
 
 def _scale(op: str, arg: str, scale: Any, cache: Tensor) -> None:
@@ -100,6 +115,7 @@ def _prepare_cache(
     slots: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    block_table: Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[Any, ...]:
     op = "apply_rotary_cache"
@@ -110,7 +126,9 @@ def _prepare_cache(
         raise _check.shape_error(op, "v", v.shape, f"{tuple(k.shape)}", "to match k")
     _angles(op, cos, sin, q, table=True)
     quantized = k_scale is not None or v_scale is not None
-    _cache(op, "k_cache", k_cache, k, quantized)
+    if block_table is not None:
+        _table(op, block_table, q)
+    _cache(op, "k_cache", k_cache, k, quantized, block_table is not None)
     _check.like(op, "v_cache", v_cache, k_cache.dtype, k_cache.device, "k_cache")
     if v_cache.shape != k_cache.shape:
         raise _check.shape_error(op, "v_cache", v_cache.shape, f"{tuple(k_cache.shape)}", "to match k_cache")
@@ -120,7 +138,7 @@ def _prepare_cache(
     _indices(op, "positions", positions, q)
     if slots is not None:
         _indices(op, "slots", slots, q)
-    return q, k, v, cos, sin, k_cache, v_cache, positions, slots, k_scale, v_scale, bool(interleaved)
+    return q, k, v, cos, sin, k_cache, v_cache, positions, slots, k_scale, v_scale, block_table, bool(interleaved)
 
 
 # ---------------------------------------------------------------- fakes, the reference as a backend
@@ -161,6 +179,7 @@ def _reference_cache(
     slots: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    block_table: Tensor | None,
     interleaved: bool,
 ) -> Tensor:
     y = reference.apply_rotary_cache(
@@ -175,6 +194,7 @@ def _reference_cache(
         slots=slots,
         k_scale=k_scale,
         v_scale=v_scale,
+        block_table=block_table,
         interleaved=interleaved,
     )
     return _laid_out_like(y, q)
@@ -231,7 +251,7 @@ _rotary = _op.Op(
 _rotary_cache = _op.Op(
     "apply_rotary_cache",
     "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, "
-    "Tensor? slots, Tensor(c!)? k_scale, Tensor(d!)? v_scale, bool interleaved) -> Tensor",
+    "Tensor? slots, Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor? block_table, bool interleaved) -> Tensor",
     fake=_fake_cache,
     backends=(
         Backend("cpu", native.apply_rotary_cache, native.refuse_cache),
@@ -285,6 +305,7 @@ def apply_rotary_cache(
     slots: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    block_table: Tensor | None = None,
     interleaved: bool = False,
 ) -> Tensor:
     """Rotary position embedding of q and k, and the write of k and v into the key/value cache, in one pass.
@@ -304,6 +325,9 @@ def apply_rotary_cache(
         slots: the same shapes, int64: the rows of the caches, where padding makes them differ from the positions.
             Default: positions. Two tokens of one sequence must not share a slot: which one stays is not defined.
         k_scale, v_scale: (B, Hk, max_tokens) fp32, of int8 caches: a row's largest magnitude / 127, written at the same slots.
+        block_table: (B, max_pages) int32|int64: the caches (and scales) are then pools (num_pages, Hk, page, D), and slot s of
+            sequence b is row s % page of page block_table[b, s // page], as ``fastllm.attention`` reads them. Slots go up to
+            max_pages * page - 1; no two sequences' slots may share a row.
         interleaved: which lanes pair up, as in apply_rotary.
 
     Returns:
@@ -311,7 +335,9 @@ def apply_rotary_cache(
 
     Raises:
         TypeError: a dtype. ValueError: a shape, or a position or slot outside of its table or cache; nothing has been
-        written then. NotImplementedError: an argument requires a gradient; apply_rotary has one.
+        written then; so with a page that is not in the pool. On CUDA these are not looked at, for that would wait for the GPU: a
+        position outside of its table turns its token into NaN, a slot or page that is not there is not written.
+        NotImplementedError: an argument requires a gradient; apply_rotary has one.
 
     Numerics: as apply_rotary; v's bits are copied where dtypes agree, else rounded once. Into an int8 cache k goes from fp32,
     ties to even (fastllm.quant.quantize_rows); a row that holds an infinity or a NaN gets the scale NaN.
@@ -329,6 +355,7 @@ def apply_rotary_cache(
         slots=slots,
         k_scale=k_scale,
         v_scale=v_scale,
+        block_table=block_table,
         interleaved=interleaved,
     )
     return _rotary_cache(*args)

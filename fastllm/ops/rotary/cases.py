@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ def torch_rotary_cache(
     slots: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    block_table: Tensor | None = None,
     interleaved: bool = False,
 ) -> Tensor:
     """transformers' apply_rotary_pos_emb, and its static cache's index_copy_ for each sequence; int8 as PyTorch rounds it."""
@@ -60,6 +62,13 @@ def torch_rotary_cache(
         if scale is not None:
             steps = x.float().abs().amax(-1) / 127
             x = (x.float() / steps[..., None]).round()
+        if block_table is not None:
+            for b, t in product(range(q.shape[0]), range(q.shape[2])):
+                page, row = block_table[b, slots[b, t] // cache.shape[2]], slots[b, t] % cache.shape[2]
+                cache[page, :, row] = x[b, :, t].to(cache.dtype)
+                if scale is not None:
+                    scale[page, :, row] = steps[b, :, t]
+            continue
         for b in range(q.shape[0]):
             cache[b].index_copy_(1, slots[b], x[b].to(cache.dtype))
             if scale is not None:
@@ -131,6 +140,7 @@ def _inputs_cache(
     padding: bool = False,
     table: bool = True,
     cache: torch.dtype | None = None,
+    page: int = 0,
     **options: Any,
 ) -> Callable[[Generator], dict[str, Any]]:
     def make(g: Generator) -> dict[str, Any]:
@@ -143,8 +153,12 @@ def _inputs_cache(
             cos, sin = _angles(torch.arange(max_tokens), kwargs["cos"].shape[-1], kwargs["interleaved"])
             kwargs["cos"], kwargs["sin"] = cos.to(kwargs["cos"].dtype), sin.to(kwargs["cos"].dtype)
         kwargs["v"] = _heads(g, B, Hk, T, D, dtype, "model")
+        if page:  # of each sequence's pages, shuffled, and two of nobody's
+            pages = -(-max_tokens // page)
+            kwargs["block_table"] = torch.randperm(B * pages + 2, generator=g)[: B * pages].view(B, pages).int()
         for name in "kv":
-            kept = torch.randn(B, Hk, max_tokens, D, generator=g)
+            shape = (B * pages + 2, Hk, page, D) if page else (B, Hk, max_tokens, D)
+            kept = torch.randn(shape, generator=g)
             if cache == torch.int8:
                 kwargs[f"{name}_cache"], kwargs[f"{name}_scale"] = quantize_rows(kept)
             else:
@@ -221,6 +235,9 @@ def _cases_cache() -> list[Case]:
         add("int8 cache, padding 3x4x5x32", 3, 4, 2, 5, 32, first=3, padding=True, **int8)
         add("int8 cache, partial, outliers 2x4x5x46", 2, 4, 3, 5, 46, R=30, layout="fused", scale=1000.0, **int8)
         add("int8 cache, interleaved 2x4x5x40", 2, 4, 2, 5, 40, interleaved=True, table=False, **int8)
+        add("pages 3x4x5x32", 3, 4, 2, 5, 32, max_tokens=16, first=3, padding=True, page=4)
+        add("pages, a step, interleaved 2x4x1x64", 2, 4, 2, 1, 64, max_tokens=20, first=9, page=8, interleaved=True)
+        add("pages, int8 2x4x5x40", 2, 4, 2, 5, 40, first=2, page=5, **int8)
         if dtype == torch.float32:
             add("bf16 cache 2x4x5x46", 2, 4, 2, 5, 46, max_tokens=9, cache=torch.bfloat16, R=30)
             add("fp16 cache 2x4x5x46", 2, 4, 2, 5, 46, max_tokens=9, cache=torch.float16, R=30, interleaved=True)
@@ -332,6 +349,12 @@ def _scales_kept(**inputs: Any) -> Any:
     return reference.apply_rotary_cache(**{**inputs, **kept})
 
 
+def _pages_in_order(block_table: Tensor | None = None, **inputs: Any) -> Any:
+    if block_table is not None:
+        block_table = torch.arange(block_table.numel(), dtype=torch.int32).view_as(block_table)
+    return reference.apply_rotary_cache(block_table=block_table, **inputs)
+
+
 def _cut_off(**inputs: Any) -> Any:
     if inputs.get("k_scale") is None:
         return reference.apply_rotary_cache(**inputs)
@@ -380,6 +403,7 @@ CASES = (
             "v turns too": _with_caches(_v_turned),
             "k and v go to each other's cache": _with_caches(_k_and_v_swapped),
             "an int8 cache's scales stay as they were": _with_caches(_scales_kept),
+            "the table of pages is ignored": _with_caches(_pages_in_order),
             "int8 is cut off, not rounded": _with_caches(_cut_off),
         },
     ),

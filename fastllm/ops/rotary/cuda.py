@@ -41,10 +41,11 @@ def refuse_cache(
     slots: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    block_table: Tensor | None,
     *_: object,
 ) -> str | None:
     return (
-        _op.refuse_unless_cuda(q, k, v, cos, sin, k_cache, v_cache, positions, slots, k_scale, v_scale)
+        _op.refuse_unless_cuda(q, k, v, cos, sin, k_cache, v_cache, positions, slots, k_scale, v_scale, block_table)
         or refuse_lanes(q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
         or _refuse_wide(q)
     )
@@ -62,10 +63,12 @@ def apply_rotary_cache(
     slots: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    block_table: Tensor | None,
     interleaved: bool,
 ) -> Tensor:
     """Positions and slots are read on the device: one outside of its table turns q into NaN and writes nothing to the cache."""
     q_out = empty_like(q)
-    _cuda.apply_rotary_cache(q, k, v, cos, sin, q_out, k_cache, v_cache, positions, slots, k_scale, v_scale, interleaved)
+    caches = k_cache, v_cache, positions, slots, k_scale, v_scale, block_table
+    _cuda.apply_rotary_cache(q, k, v, cos, sin, q_out, *caches, interleaved)
     _op.note_write(k_cache, v_cache, *(() if k_scale is None or v_scale is None else (k_scale, v_scale)))
     return q_out

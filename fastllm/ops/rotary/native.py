@@ -51,8 +51,11 @@ def refuse_cache(
     slots: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    block_table: Tensor | None,
     *_: object,
 ) -> str | None:
+    if block_table is not None:
+        return "it writes a cache in one piece, not in pages"
     if k_scale is not None and q.shape[-1] > MAX_INT8_D:
         return f"it writes heads of up to {MAX_INT8_D} to an int8 cache, not {q.shape[-1]}"
     return _op.refuse_unless_cpu(q, k, v, cos, sin, k_cache, v_cache, positions, slots, k_scale, v_scale) or refuse_lanes(
@@ -72,6 +75,7 @@ def apply_rotary_cache(
     slots: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    block_table: Tensor | None,
     interleaved: bool,
 ) -> Tensor:
     q_out = empty_like(q)

@@ -41,17 +41,23 @@ def apply_rotary_cache(
     slots: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    block_table: Tensor | None = None,
     interleaved: bool = False,
 ) -> Tensor:
     positions = torch.atleast_2d(positions)  # (B or 1, T)
     name, slots = ("positions", positions) if slots is None else ("slots", torch.atleast_2d(slots))
     if cos.dim() == 2:
         _check_range("positions", positions, cos.shape[0], "cos")
-    _check_range(name, slots, k_cache.shape[2], "k_cache")
+    page = k_cache.shape[2]
+    rows = page if block_table is None else page * block_table.shape[1]
+    _check_range(name, slots, rows, "k_cache" if block_table is None else "block_table's pages")
+    batch = torch.arange(k.shape[0], device=k.device).unsqueeze(1)
+    if block_table is not None:
+        batch, slots = block_table[batch, slots // page].long(), slots % page
+        _check_range("block_table", batch, k_cache.shape[0], "k_cache")
     if cos.dim() == 2:
         cos, sin = cos[positions], sin[positions]
     q, k = apply_rotary(q, k, cos, sin, interleaved=interleaved)
-    batch = torch.arange(k.shape[0], device=k.device).unsqueeze(1)
     # Indices around a slice put the indexed dims first: (B, T, Hk, D).
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         x = x.transpose(1, 2)

@@ -105,16 +105,18 @@ def _turn(
 
 @triton.jit
 def _rotary_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, k_scale_ptr, v_scale_ptr, position_ptr, slot_ptr,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, k_scale_ptr, v_scale_ptr, position_ptr, slot_ptr, table_ptr,
     T, H, Hk, D, R, positions, slots,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st,
     qo_sb, qo_sh, qo_st, ko_sb, ko_sh, ko_st, vo_sb, vo_sh, vo_st,
     ks_sb, ks_sh, ks_st, vs_sb, vs_sh, vs_st, cos_sb, cos_sp, sin_sb, sin_sp, position_sb, position_st, slot_sb, slot_st,
+    table_sb, table_sp, num_pages,
     BLOCK_H: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr,
     TABLE: tl.constexpr, CACHE: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZED: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
     """TABLE: cos and sin have a row for each position, else for each token. CACHE: k and v go to slots of the caches, which are
-    int8 if QUANTIZED."""
+    int8 if QUANTIZED, and if PAGE is not 0 in pages of so many rows."""
     b = (tl.program_id(0) // T).to(tl.int64)
     t = (tl.program_id(0) % T).to(tl.int64)
     block = tl.program_id(1)
@@ -128,6 +130,11 @@ def _rotary_fwd_kernel(
     if CACHE:
         slot = tl.load(slot_ptr + b * slot_sb + t * slot_st)
     writable = tl.where((slot >= 0) & (slot < slots), Hk, 0)  # heads
+    piece = b  # of the caches: the sequence's, or a page
+    if PAGE > 0:
+        piece = tl.load(table_ptr + b * table_sb + slot // PAGE * table_sp, mask=writable > 0, other=0).to(tl.int64)
+        writable = tl.where((piece >= 0) & (piece < num_pages), writable, 0)
+        slot = slot % PAGE
     h = tl.arange(0, BLOCK_H)
     cos = cos_ptr + b * cos_sb + at * cos_sp
     sin = sin_ptr + b * sin_sb + at * sin_sp
@@ -143,9 +150,9 @@ def _rotary_fwd_kernel(
         head = h.to(tl.int64)[:, None]
         scale_at = 0
         if QUANTIZED:
-            scale_at = k_scale_ptr + b * ks_sb + head * ks_sh + slot * ks_st
+            scale_at = k_scale_ptr + piece * ks_sb + head * ks_sh + slot * ks_st
         _turn(
-            k_ptr, b * k_sb + head * k_sh + t * k_st, k_out_ptr, b * ko_sb + head * ko_sh + slot * ko_st, scale_at,
+            k_ptr, b * k_sb + head * k_sh + t * k_st, k_out_ptr, piece * ko_sb + head * ko_sh + slot * ko_st, scale_at,
             (h < writable)[:, None], cos, sin, known_pairs, D, R, BLOCK_PAIRS, BLOCK_REST, INTERLEAVED, QUANTIZED,
         )  # fmt: skip
     elif CACHE:
@@ -153,9 +160,9 @@ def _rotary_fwd_kernel(
         head = h.to(tl.int64)[:, None]
         scale_at = 0
         if QUANTIZED:
-            scale_at = v_scale_ptr + b * vs_sb + head * vs_sh + slot * vs_st
+            scale_at = v_scale_ptr + piece * vs_sb + head * vs_sh + slot * vs_st
         _copy(
-            v_ptr, b * v_sb + head * v_sh + t * v_st, v_out_ptr, b * vo_sb + head * vo_sh + slot * vo_st, scale_at,
+            v_ptr, b * v_sb + head * v_sh + t * v_st, v_out_ptr, piece * vo_sb + head * vo_sh + slot * vo_st, scale_at,
             (h < writable)[:, None], D, BLOCK_D, QUANTIZED,
         )  # fmt: skip
 
@@ -223,6 +230,7 @@ def _run(
     slots: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    block_table: Tensor | None,
     interleaved: bool,
 ) -> None:
     B, H, T, D = q.shape
@@ -235,20 +243,22 @@ def _run(
     other, other_out = (k, k_out) if v is None or v_out is None else (v, v_out)
     with device_of(q):
         _rotary_fwd_kernel[(B * T, blocks)](
-            q, k, v, cos, sin, q_out, k_out, v_out, k_scale, v_scale, positions, slots,
-            T, H, Hk, D, R, cos.shape[-2], k_out.shape[2],
+            q, k, v, cos, sin, q_out, k_out, v_out, k_scale, v_scale, positions, slots, block_table,
+            T, H, Hk, D, R, cos.shape[-2], k_out.shape[2] * (1 if block_table is None else block_table.shape[1]),
             *q.stride()[:3], *k.stride()[:3], *other.stride()[:3],
             *q_out.stride()[:3], *k_out.stride()[:3], *other_out.stride()[:3],
             *((0, 0, 0) if k_scale is None else k_scale.stride()), *((0, 0, 0) if v_scale is None else v_scale.stride()),
             *_strides(cos, B), *_strides(sin, B),
             *((0, 0) if positions is None else _strides(positions, B)), *((0, 0) if slots is None else _strides(slots, B)),
-            TABLE=table, CACHE=cache, INTERLEAVED=interleaved, QUANTIZED=k_scale is not None, **launch, **COMPILER,
+            *((0, 0) if block_table is None else block_table.stride()), k_out.shape[0],
+            TABLE=table, CACHE=cache, INTERLEAVED=interleaved, QUANTIZED=k_scale is not None,
+            PAGE=0 if block_table is None else k_out.shape[2], **launch, **COMPILER,
         )  # fmt: skip
 
 
 def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     q_out, k_out = _empty_like(q), _empty_like(k)
-    _run(q, k, None, cos, sin, q_out, k_out, None, None, None, None, None, interleaved)
+    _run(q, k, None, cos, sin, q_out, k_out, None, None, None, None, None, None, interleaved)
     return q_out, k_out
 
 
@@ -264,12 +274,13 @@ def apply_rotary_cache(
     slots: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    block_table: Tensor | None,
     interleaved: bool,
 ) -> Tensor:
-    """Positions and slots are read on the device: one outside of its table turns q into NaN and writes nothing to the cache."""
+    """Positions and slots are read on the device: one outside of its table turns q into NaN and writes nothing to the cache, and so does a page that is not there."""
     q_out = _empty_like(q)
     slots = positions if slots is None else slots
-    _run(q, k, v, cos, sin, q_out, k_cache, v_cache, positions, slots, k_scale, v_scale, interleaved)
+    _run(q, k, v, cos, sin, q_out, k_cache, v_cache, positions, slots, k_scale, v_scale, block_table, interleaved)
     _op.note_write(k_cache, v_cache, *(() if k_scale is None or v_scale is None else (k_scale, v_scale)))
     return q_out
 
@@ -284,14 +295,17 @@ def builds(gpu: GPU) -> Iterator[Build]:
     pointers = ("q_ptr", "k_ptr", "v_ptr", "q_out_ptr", "k_out_ptr", "v_out_ptr", "position_ptr", "slot_ptr")
     for dtype in ("bf16", "fp32"):
         for D, R in ((64, 64), (128, 128), (256, 64)):
-            for into in ("", "cache", "int8 cache"):
-                cache, quantized = into != "", into == "int8 cache"
+            for into in ("", "cache", "int8 cache", "int8 cache in pages"):
+                cache, quantized, paged = into != "", "int8" in into, "pages" in into
                 signature = {
                     **dict.fromkeys(pointers, f"*{dtype}"),
                     **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32"),
                     **integers,
                 }
                 constants: dict[str, Any] = {"TABLE": cache, "CACHE": cache, "INTERLEAVED": False, "QUANTIZED": quantized}
+                constants["PAGE"] = 16 if paged else 0
+                if paged:
+                    signature |= {"table_ptr": "*i32", "table_sb": "i32", "table_sp": "i32", "num_pages": "i32"}
                 if cache:
                     signature |= dict.fromkeys(("position_ptr", "slot_ptr"), "*i64")
                 else:
