@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from ...backends import cuda_module, forced_backend
 from .. import _op
+from .._launch import gpu_of
 from . import values
 
 _cuda: Any = cuda_module()
@@ -18,7 +21,7 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 # Up to this many rows (query tokens times query heads that share a key/value head) the decode kernel serves: it splits the keys
 # over blocks and reads them once for 16 rows, where prefill has a block for each head and 128 tokens.
 DECODE_ROWS = 64
-MAX_TOKENS = 1 << 30  # of q and of k each: positions and windows are 32-bit integers
+MAX_TOKENS = 1 << 29  # of q and of k each: positions and windows are 32-bit integers
 MAX_GRID = 65535  # of a grid's second and third dim
 LOG2E = math.log2(math.e)
 
@@ -26,6 +29,11 @@ LOG2E = math.log2(math.e)
 def _decodes(T: int, G: int) -> bool:
     """One token always: prefill would read k and v once for each query head."""
     return T * G <= DECODE_ROWS or T == 1
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _tokens(k: Tensor, block_table: Tensor | None) -> int:
@@ -75,7 +83,7 @@ def refuse(
     if not _decodes(T, H // k.shape[1]):
         if k_scale is not None:
             return f"it reads int8 keys for up to {DECODE_ROWS} rows, a query token and head each, of a key/value head"
-        if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] in (9, 10) and forced_backend() != "cuda":
+        if q.is_cuda and forced_backend() != "cuda" and gpu_of(q.device).major in (9, 10) and _has_triton():
             return "its prefill lacks the matrix instructions of warp groups, which Triton's has on this GPU"
     return None
 
@@ -112,15 +120,13 @@ def attention(
         factor, exponent = 2.0 * LOG2E * scale / softcap, LOG2E
     else:
         factor, exponent = (scale, LOG2E) if scaled else (1.0, scale * LOG2E)
-    part = part_softmax = None
-    split_keys = 0
+    parts, split_keys = None, 0
     if _decodes(T, H // Hk):
         split_keys = _cuda.attention_split_keys(S, Hk, q.device.index or 0)
-        rows = B * H * T * max(1, -(-S // split_keys))
-        part = _op.empty((rows, D), dtype=torch.float32, device=q.device)
-        part_softmax = _op.empty((rows, 2), dtype=torch.float32, device=q.device)
+        splits = max(1, -(-S // split_keys))
+        parts = _op.empty(B * H * T * splits * (D + 2), dtype=torch.float32, device=q.device)
     _cuda.attention(
-        q, k, v, kv_lens, sinks, block_table, k_scale, v_scale, o, part, part_softmax, causal,
+        q, k, v, kv_lens, sinks, block_table, k_scale, v_scale, o, parts, causal,
         math.ceil(window or 0), scaled, softcap is not None, factor, softcap or 0.0, exponent, split_keys,
     )  # fmt: skip
     return o
