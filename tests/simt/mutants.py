@@ -16,9 +16,8 @@ from typing import NamedTuple
 import ninja
 
 from . import mutants_attention as attention
-from . import mutants_quant_matmul as quant_matmul
-
 from . import mutants_quant_matmul
+from . import mutants_quant_matmul as quant_matmul
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
