@@ -53,7 +53,7 @@ compile: $(VENV)/installed
 SIMT ?= sanitize
 simt: $(VENV)/installed
 	$(PY) tests/native/variant.py simt -m pytest -q -n auto tests/test_cuda.py
-	$(if $(SIMT),$(PY) tests/native/variant.py simt_sanitize -m pytest -q -k within_the_rule tests/test_cuda.py)
+	$(if $(SIMT),FASTLLM_SIMT_SEEDS=4 $(PY) tests/native/variant.py simt_sanitize -m pytest -q -n auto -k within_the_rule tests/test_cuda.py)
 
 # What nvcc makes of each of them for four kinds of GPU: registers, spills, stack, 16-byte accesses, matrix instructions.
 # And that the module, built for one of them, can be imported where there is none.
