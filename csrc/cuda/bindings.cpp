@@ -3,6 +3,7 @@
 
 namespace fastllm::cuda {
 
+void bind_attention(py::module_& m);
 void bind_gated_activation(py::module_& m);
 void bind_quant_matmul(py::module_& m);
 void bind_rms_norm(py::module_& m);
@@ -72,6 +73,7 @@ PYBIND11_MODULE(_cuda, m) {
     return all;
   });
 #endif
+  bind_attention(m);
   bind_gated_activation(m);
   bind_quant_matmul(m);
   bind_rms_norm(m);

@@ -81,6 +81,21 @@ __device__ __forceinline__ int dp4a(int a, int b, int c) {
   return result;
 }
 
+// 2^x to two roundings, as exp2f, in one instruction where that takes four: a result below 2^-126 is 0.
+// 9.7.3.21, ex2.approx.ftz.f32.
+__device__ __forceinline__ float exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// 1 / x to one rounding; 0 for an x above 2^126. 9.7.3.14, rcp.approx.ftz.f32.
+__device__ __forceinline__ float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // No instruction: from here on the compiler takes the register for a new value, and does not keep in further registers
 // what it had made of the old one.
 __device__ __forceinline__ void make_opaque(unsigned& x) { asm volatile("" : "+r"(x)); }
@@ -100,6 +115,14 @@ __device__ __forceinline__ uint4 load_once(const void* from) {
 // 9.7.9.25.3, cp.async.cg.
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, int valid_bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(shared_address(to)), "l"(from), "r"(valid_bytes)
+               : "memory");
+}
+
+// The same for 4 bytes: one scale of each token of a page. 9.7.9.25.3, cp.async.ca.
+__device__ __forceinline__ void copy_async_4(void* to, const void* from, int valid_bytes = 4) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
                :
                : "r"(shared_address(to)), "l"(from), "r"(valid_bytes)
                : "memory");

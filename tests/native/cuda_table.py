@@ -44,6 +44,11 @@ EXPECTED = [
         r"^quant_product_kernel<Int8Math",
         {"16-byte loads": WIDE_LOAD, "int8 product": r"mma\.sync\.[\w.]*m16n8k32[\w.]*\.s8\.s8"},
     ),
+    (
+        r"^attention_(decode|prefill)_kernel<",
+        {"16-byte copies": WIDE_LOAD, "matrix instructions": r"mma\.sync\.aligned\.m16n8k16"},
+    ),
+    (r"^attention_prefill_kernel<", {"16-byte stores": WIDE_STORE}),
 ]
 
 

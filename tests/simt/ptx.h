@@ -79,6 +79,10 @@ inline int dp4a(int a, int b, int c) {
   return c;
 }
 
+inline float without_denormals(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+inline float exp2(float x) { return without_denormals(std::exp2(x)); }
+inline float reciprocal(float x) { return without_denormals(1.0f / x); }
+
 inline void make_opaque(unsigned&) {}
 
 // ---------------------------------------------------------------- memory
@@ -89,6 +93,10 @@ inline void copy_async_16(void* to, const void* from, int valid_bytes = 16) {
   simt::check_alignment(to, 16);
   if (valid_bytes > 0) simt::check_alignment(from, 16);
   simt::copy_async(to, from, 16, valid_bytes);
+}
+inline void copy_async_4(void* to, const void* from, int valid_bytes = 4) {
+  simt::check_alignment(to, 4);
+  simt::copy_async(to, from, 4, valid_bytes);
 }
 inline void commit_copies() { simt::commit_copies(); }
 template <int kGroupsLeft>

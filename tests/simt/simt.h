@@ -45,6 +45,9 @@ struct alignas(16) float4 {
 
 using cudaStream_t = void*;
 
+using std::max;
+using std::min;
+
 namespace simt {
 
 struct Thread {

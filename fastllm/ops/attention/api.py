@@ -11,7 +11,7 @@ from torch import Tensor
 from ...backends import Backend
 from ...errors import dtype_error, shape_error, type_error, value_error
 from .. import _check, _op, _triton
-from . import native, reference, values
+from . import cuda, native, reference, values
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? kv_lens, Tensor? sinks, Tensor? block_table, Tensor? k_scale, "
@@ -248,6 +248,7 @@ _attention = _op.Op(
     fake=_fake,
     backends=(
         Backend("cpu", native.attention, native.refuse),
+        Backend("cuda", cuda.attention, cuda.refuse),
         _triton.backend(__package__, "attention"),
         Backend("reference", _reference, _check.never_refuse),
     ),

@@ -292,6 +292,18 @@ def _cases() -> list[Case]:
         add("int8, pages of 64, bidirectional", 2, 4, 2, 2, 190, 128, causal=False, extra=_paged(64, 190, 64, int8=True))
         add("int8, pages of 20, multi-query", 4, 16, 1, 1, 150, 64, extra=_paged(20, 150, 99, 20, 57, int8=True))
         add("int8, pages of 16 prefill", 1, 4, 2, 40, 90, 64, extra=_paged(16, 77, int8=True))
+        add("causal T 150", 1, 1, 1, 150, 150, 64)
+        add("D 256 prefill, window 30", 1, 2, 1, 40, 50, 256, window=30)
+        add("D 128 decode", 2, 8, 2, 1, 150, 128)
+        add("D 256 decode T 2, window 70", 1, 4, 2, 2, 150, 256, window=70)
+        add("int8, D 96", 1, 6, 2, 1, 100, 96, extra=_int8)
+        add("int8, D 256, lengths", 2, 4, 2, 1, 90, 256, extra=_both(_int8, _lens(33, 90)))
+        add("int8, pages of 16, D 80", 1, 4, 2, 2, 90, 80, extra=_paged(16, 85, int8=True))
+        add("kv_lens prefill T 70, none and few", 3, 1, 1, 70, 100, 64, extra=_lens(0, 33, 100))
+        add(
+            "kv_lens prefill T 70, window 20 bidirectional", 2, 2, 2, 70, 100, 64, causal=False, window=20, extra=_lens(81, 100)
+        )
+        add("pages of 16 prefill T 50 D 128", 1, 2, 1, 50, 90, 128, extra=_paged(16, 77))
         if dtype == torch.float32:
             add("bf16 keys", 2, 6, 2, 1, 300, 64, extra=_kept_in(torch.bfloat16))
             add("fp16 keys, odd D 13", 2, 6, 2, 2, 300, 13, extra=_kept_in(torch.float16))
