@@ -16,9 +16,10 @@
 // and a stretch (4 steps) about 110 for copies and scales: 27 a dword, 80 % of what fits. Memory is the limit, with
 // little to spare: 70 to 80 % of 4.3 TB/s expected where a multiprocessor has 16 warps for some microseconds (14336 x
 // 4096 and up), less below, where the launch is as long as the reading. Without a minimum 24, fp16 2 less. int8 rows,
-// bf16: 90 a step of 8 dwords with and 79 without an offset, 17 a dword with a stretch's share: 80 to 85 %. 64 tokens:
-// 8 times 4 products a step, 6 with a minimum, at about 3 cycles of a quarter's matrix unit: above some 24 tokens these
-// are the limit, 14336 x 4096 taking about 20 us.
+// bf16: 90 a step of 8 dwords with and 79 without an offset, 17 a dword with a stretch's share: 80 to 85 %.
+// 64 tokens: 8 times 4 products a step, 6 with a minimum, at some 6 cycles of a quarter's matrix unit, and 8 times 27
+// instructions: above some 24 tokens these are the limit; 14336 x 4096 for 64 tokens takes some 20 us, three times as
+// long as its bytes.
 #include "quant_matmul.h"
 #include "quant_matmul_kernel.cuh"
 
