@@ -48,12 +48,12 @@ rungs: build/built
 compile: $(VENV)/installed
 	$(PY) -m fastllm compile $(COMPILE)
 
-# The CUDA C++ kernels on the executor, where there is no GPU: every small case under several orders of threads, wrong kernels, and
-# all of it again under the sanitizers (SIMT= leaves them out).
-SIMT ?= sanitize
+# The CUDA C++ kernels on the executor, where there is no GPU: every small case under several orders of threads, wrong kernels
+# (MUTANTS=one: the first of each file), and the cases in bf16 again under the sanitizers.
+MUTANTS ?= all
 simt: $(VENV)/installed
-	$(PY) tests/native/variant.py simt -m pytest -q -n auto tests/test_cuda.py
-	$(if $(SIMT),FASTLLM_SIMT_SEEDS=4 $(PY) tests/native/variant.py simt_sanitize -m pytest -q -n auto -k within_the_rule tests/test_cuda.py)
+	FASTLLM_MUTANTS=$(MUTANTS) $(PY) tests/native/variant.py simt -m pytest -q -n auto tests/test_cuda.py
+	FASTLLM_SIMT_SEEDS=4 $(PY) tests/native/variant.py simt_sanitize -m pytest -q -n auto -k "within_the_rule and bfloat16" tests/test_cuda.py
 
 # What nvcc makes of each of them for four kinds of GPU: registers, spills, stack, 16-byte accesses, matrix instructions.
 # And that the module, built for one of them, can be imported where there is none.

@@ -59,7 +59,7 @@ def build(variant: str) -> Path:
             (package / file.name).symlink_to(file)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(package.parent)]
     if variant.endswith("sanitize"):  # the others share the real build's objects but for their own
-        command += ["--build-temp", str(work / "temp")]
+        command += ["--build-temp", str(ROOT / "build" / "sanitize" / "temp")]  # the CPU's objects are the same for both
     subprocess.run(command, cwd=ROOT, env={**os.environ, **BUILD[variant]}, check=True)
     return package.parent
 
