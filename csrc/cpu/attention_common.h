@@ -5,8 +5,8 @@
 // sinks, s is the scaled score and c is log2(e).
 #pragma once
 
-#include "attention_args.h"
 #include "../rows.h"
+#include "attention_args.h"
 #include "simd/simd.h"
 
 namespace fastllm::cpu::FASTLLM_ISA {

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "isa.h"
 #include "../rows.h"
+#include "isa.h"
 
 namespace fastllm::cpu {
 

@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
-#include "isa.h"
 #include "../rows.h"
+#include "isa.h"
 
 namespace fastllm::cpu {
 

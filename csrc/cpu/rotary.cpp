@@ -11,8 +11,8 @@
 // the heads. Flops: 3 a lane, far below what memory allows: memory limits it, from L2 or beyond.
 #include "rotary.h"
 
-#include "parallel.h"
 #include "../rows.h"
+#include "parallel.h"
 #include "simd/simd.h"
 
 namespace fastllm::cpu::FASTLLM_ISA {
