@@ -184,6 +184,7 @@ void launch_for(const AttentionArgs& a, Place place) {
 }  // namespace
 
 void attention_prefill(const AttentionArgs& a, Place place) {
+  if (attention_prefill_sm90(a, place)) return;
   a.dtype == DType::bf16 ? launch_for<bf16>(a, place) : launch_for<f16>(a, place);
 }
 
