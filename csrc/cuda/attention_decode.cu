@@ -3,19 +3,17 @@
 //   block   one split of the keys of one key/value head of one sequence, for 16 of the T G rows that read them
 //   warp    every kNumWarps-th tile of kN keys of the split; it has a ring of its own, so no warp waits for another
 //
-//   ring    | K tile, V tile (, their scales) | K tile, V tile | K tile, V tile |     kStages of them
-//            ^ mma reads                       ^ cp.async has written or writes
+//   ring    | K tile, V tile, scales | K tile, V tile, scales | K tile, V tile, scales |   kStages; int8 has scales
+//              mma reads                cp.async has written or writes
 //
-// Bytes: K and V once, 4 S Hk D in bf16 and half of that (and 8 S Hk of scales) in int8; and 4 D a row, written and
-// read again, for each split: with 128 keys a split and 4 rows a head 6 % of K and V in bf16, mostly in L2. Flops: 4 D
-// for each key and row of the 16, of which as few as one count: at 16 flops a byte in bf16, 32 in int8, mma is at 7 and
-// 14 % of an H200's rate. Copying is the limit. What it takes is bytes under way: three stages of 8 KiB a warp, 8 warps
-// a multiprocessor, of which two stages are in flight: 128 KiB, three times what 4.3 TB/s needs at 1 us of latency.
-// Expected: 85 % of the copy rate for S = 16384, B = 8, Hk = 8, D = 128 in bf16, 75 % in int8, whose conversion takes
-// half of the issue slots; less where all of K and V is below 32 MB, which is 8 us: the second launch and its reads are
-// 3 us.
-#include <algorithm>
-
+// Bytes: K and V once, 4 S Hk D in bf16, half of that and 8 S Hk of scales in int8; and 4 D a row, written and read
+// again, for each split: with 128 keys a split and 4 rows a head 6 % of K and V in bf16, mostly in L2. Flops: 4 D for
+// each key and each of the 16 rows, whether there or not: 16 flops a byte in bf16, 32 in int8, at 4.3 TB/s 70 and 140
+// of the 470 TFLOP/s of an H200's mma.sync. Copying is the limit, and what it takes is bytes under way: 8 warps a
+// multiprocessor with two stages of 8 KiB each are 128 KiB, four times what 1 us of latency needs.
+//
+// Expected: 85 % of the copy rate for B = 8, S = 16384, Hk = 8, D = 128 in bf16; 75 % in int8, whose conversion takes
+// half of the issue slots. Less below 32 MB of K and V, which take 8 us: the second launch and what it reads take 3 us.
 #include "attention_tile.cuh"
 
 namespace fastllm::cuda {

@@ -9,13 +9,14 @@
 //     |       [ all seen  ][ all seen  ][ all seen  ][ diagonal  ]       only those on an edge are compared with it
 //     v
 //
-// Flops: 4 D for each pair of a query and a key; bytes: K and V once for each kBlockM queries, from L2 after the first:
-// 256 flops a byte in bf16. Arithmetic is the limit. Of shared memory's 128 bytes a clock a warp of 32 rows takes, for
-// D = 128, 6 ldmatrix for 16 mma: 24 clocks beside 32 of an A100's tensor cores, where 16 rows would take 5 for 8, 20
-// beside
-// 16. A score is eight instructions of softmax besides 2 D / 256 mma of 8 clocks: expected 60 % of an A100's 312
-// TFLOP/s for T = 8192, D = 128, causal. An H200's mma.sync has about 60 % of the rate that its warpgroup instructions
-// have (790 TFLOP/s): here some 350, which is why Triton's kernel is preferred there.
+// Flops: 4 D for each pair of a query and a key. Bytes: K and V once for each kBlockM queries, from L2 after the first:
+// 128 flops a byte in bf16. Arithmetic is the limit. Of shared memory's 128 bytes a clock 32 rows take, for D = 128,
+// six ldmatrix for 16 mma: 24 clocks beside the 32 of an A100's tensor cores, where 16 rows would take 20 beside 16.
+// That is why a warp has 32, and q stays in shared memory. A lane's score costs eight instructions of softmax beside D
+// / 32 mma.
+//
+// Expected: 60 % of an A100's 312 TFLOP/s for T = 8192, D = 128, causal. An H200's mma.sync has some 60 % of the 790
+// TFLOP/s of its warp groups' instructions, 470, so 300 here, and Triton's kernel is preferred there.
 #include "attention_tile.cuh"
 
 namespace fastllm::cuda {

@@ -9,8 +9,8 @@ TokenStrides strides_of(const TensorView& x) { return {x.strides[0], x.strides[1
 void attention(const TensorView& q, const TensorView& k, const TensorView& v, const std::optional<TensorView>& kv_lens,
                const std::optional<TensorView>& sinks, const std::optional<TensorView>& block_table,
                const std::optional<TensorView>& k_scale, const std::optional<TensorView>& v_scale, const TensorView& o,
-               const std::optional<TensorView>& part, const std::optional<TensorView>& part_softmax, bool causal,
-               int window, bool scaled, bool capped, float factor, float cap, float exponent, int split_keys) {
+               const std::optional<TensorView>& parts, bool causal, int window, bool scaled, bool capped, float factor,
+               float cap, float exponent, int split_keys) {
   AttentionArgs a{};
   a.q = q.data;
   a.k = k.data;
@@ -64,14 +64,14 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v, co
   a.factor = factor;
   a.cap = cap;
   a.exponent = exponent;
-  if (!part) return attention_prefill(a, place_of(q));
-  a.part = part->as<float>();
-  a.part_softmax = part_softmax->as<float2>();
+  if (!parts) return attention_prefill(a, place_of(q));
   a.split_keys = split_keys;
   a.splits = std::max(1, ceil_div(a.S, split_keys));
-  const int64_t rows = static_cast<int64_t>(a.B) * a.H * a.T;
-  FASTLLM_CHECK(part->numel() == rows * a.splits * a.D && part_softmax->numel() == rows * a.splits * 2,
-                "attention: part and part_softmax are for another number of splits");
+  const int64_t rows = static_cast<int64_t>(a.B) * a.H * a.T * a.splits;
+  FASTLLM_CHECK(parts->dtype == DType::f32 && parts->numel() == rows * (a.D + 2),
+                "attention: the scratch is not (B, H, T, splits, D + 2) float32");
+  a.part = parts->as<float>();
+  a.part_softmax = reinterpret_cast<float2*>(a.part + rows * a.D);
   attention_decode(a, place_of(q));
 }
 
@@ -79,10 +79,9 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v, co
 
 void bind_attention(py::module_& m) {
   m.def("attention_split_keys", &attention_split_keys, "(S, Hk, device): keys of a split");
-  m.def(
-      "attention", &attention,
-      "(q, k, v, kv_lens, sinks, block_table, k_scale, v_scale, o, part, part_softmax, causal, window, scaled, capped, "
-      "factor, cap, exponent, split_keys): fills o; prefill without part, else decode, which uses it as scratch");
+  m.def("attention", &attention,
+        "(q, k, v, kv_lens, sinks, block_table, k_scale, v_scale, o, parts, causal, window, scaled, capped, "
+        "factor, cap, exponent, split_keys): fills o; decode where it is given parts, its scratch, else prefill");
 }
 
 }  // namespace fastllm::cuda

@@ -218,7 +218,7 @@ __device__ __forceinline__ void arrive_expecting(uint64_t* barrier, int bytes) {
 __device__ __forceinline__ void wait_for_phase(uint64_t* barrier, unsigned parity) {
   unsigned ended = 0;
   while (ended == 0) {
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n\t}"
                  : "=r"(ended)
                  : "r"(shared_address(barrier)), "r"(parity)
                  : "memory");
@@ -292,7 +292,7 @@ __device__ __forceinline__ void wait_for_products(float (&c)[kColumns][4]) {
     asm volatile(                                                                                                  \
         "{\n.reg .pred p;\nsetp.ne.s32 p, %66, 0;\n"                                                               \
         "wgmma.mma_async.sync.aligned.m64n128k16.f32." #type "." #type " {" FASTLLM_NAMES_64                       \
-        "}, %64, %65, p, 1, 1, 0, 0;\n}"                                                                           \
+        "}, %64, %65, p, 1, 1, 0, 0;\n\t}"                                                                           \
         : FASTLLM_SUMS_32(c, 0), FASTLLM_SUMS_32(c, 8)                                                             \
         : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                             \
   }                                                                                                                \

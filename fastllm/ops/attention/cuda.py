@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from ...backends import cuda_module, forced_backend
 from .. import _op
+from .._launch import gpu_of
 from . import values
 
 _cuda: Any = cuda_module()
@@ -18,7 +21,7 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 # Up to this many rows (query tokens times query heads that share a key/value head) the decode kernel serves: it splits the keys
 # over blocks and reads them once for 16 rows, where prefill has a block for each head and 128 tokens.
 DECODE_ROWS = 64
-MAX_TOKENS = 1 << 30  # of q and of k each: positions and windows are 32-bit integers
+MAX_TOKENS = 1 << 29  # of q and of k each: positions and windows are 32-bit integers
 MAX_GRID = 65535  # of a grid's second and third dim
 LOG2E = math.log2(math.e)
 
@@ -28,6 +31,11 @@ def _decodes(T: int, G: int) -> bool:
     return T * G <= DECODE_ROWS or T == 1
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def by_warpgroups(q: Tensor, k: Tensor, block_table: Tensor | None, k_scale: Tensor | None) -> bool:
     """Whether it is prefill that has a kernel with sm_90's matrix instructions, csrc/cuda/attention_prefill_sm90.cu."""
     prefill = not _decodes(q.shape[2], q.shape[1] // k.shape[1])
@@ -35,10 +43,11 @@ def by_warpgroups(q: Tensor, k: Tensor, block_table: Tensor | None, k_scale: Ten
 
 
 def _lacks_warpgroups(q: Tensor, k: Tensor, block_table: Tensor | None, k_scale: Tensor | None) -> bool:
-    """Whether the GPU has matrix instructions of warp groups and prefill of this call has none of them."""
-    gpu = torch.cuda.get_device_capability(q.device)
+    """Whether the GPU has matrix instructions of warp groups, and prefill of this call uses none."""
+    gpu = gpu_of(q.device)
     compiled = any(name.startswith("90a") for name in _cuda.architectures.split())
-    return gpu[0] in (9, 10) and not (gpu == (9, 0) and compiled and by_warpgroups(q, k, block_table, k_scale))
+    served = (gpu.major, gpu.minor) == (9, 0) and compiled and by_warpgroups(q, k, block_table, k_scale)
+    return gpu.major in (9, 10) and not served
 
 
 def _tokens(k: Tensor, block_table: Tensor | None) -> int:
@@ -88,7 +97,7 @@ def refuse(
     if not _decodes(T, H // k.shape[1]):
         if k_scale is not None:
             return f"it reads int8 keys for up to {DECODE_ROWS} rows, a query token and head each, of a key/value head"
-        if q.is_cuda and forced_backend() != "cuda" and _lacks_warpgroups(q, k, block_table, k_scale):
+        if q.is_cuda and forced_backend() != "cuda" and _lacks_warpgroups(q, k, block_table, k_scale) and _has_triton():
             return "its prefill lacks the matrix instructions of warp groups, which Triton's has on this GPU"
     return None
 
@@ -125,15 +134,13 @@ def attention(
         factor, exponent = 2.0 * LOG2E * scale / softcap, LOG2E
     else:
         factor, exponent = (scale, LOG2E) if scaled else (1.0, scale * LOG2E)
-    part = part_softmax = None
-    split_keys = 0
+    parts, split_keys = None, 0
     if _decodes(T, H // Hk):
         split_keys = _cuda.attention_split_keys(S, Hk, q.device.index or 0)
-        rows = B * H * T * max(1, -(-S // split_keys))
-        part = _op.empty((rows, D), dtype=torch.float32, device=q.device)
-        part_softmax = _op.empty((rows, 2), dtype=torch.float32, device=q.device)
+        splits = max(1, -(-S // split_keys))
+        parts = _op.empty(B * H * T * splits * (D + 2), dtype=torch.float32, device=q.device)
     _cuda.attention(
-        q, k, v, kv_lens, sinks, block_table, k_scale, v_scale, o, part, part_softmax, causal,
+        q, k, v, kv_lens, sinks, block_table, k_scale, v_scale, o, parts, causal,
         math.ceil(window or 0), scaled, softcap is not None, factor, softcap or 0.0, exponent, split_keys,
     )  # fmt: skip
     return o
