@@ -28,7 +28,7 @@ MUTANTS = [
     ("attention_prefill_sm90.cu", "values past the end stay what they are", "if (there < kN)", "if (false)", "attention and sm90 and lengths"),
     ("attention_prefill_sm90.cu", "sums are not made relative to a new largest score", "if (moved) softmax.correct(rO, correction);", ";", "attention and sm90"),
     ("attention_prefill_sm90.cu", "sinks are left out", "a.sinks == nullptr ?", "true ?", "attention and sinks"),
-    ("attention_prefill_sm90.cu", "heads are the next ones'", "/ (a.H / a.Hk)", "% a.Hk", "attention and causal T 131"),
+    ("attention_prefill_sm90.cu", "heads are the next ones'", "/ (a.H / a.Hk)", "% a.Hk", "attention and sinks"),
     ("attention_tile.cuh", "a query sees the next key", "min(range.end, high + 1)", "min(range.end, high + 2)", "attention and 150"),
     ("attention_tile.cuh", "the window is one too wide", "low - a.window + 1", "low - a.window", "attention and window"),
     ("attention_tile.cuh", "the table is not looked at", "static_cast<int>(load_index(a.block_table, a.table_dtype, at))", "static_cast<int>(page + 0 * at)", "attention and pages"),

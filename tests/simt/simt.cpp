@@ -89,7 +89,7 @@ struct Block {
   std::map<const uint64_t*, Phases> phases;
   size_t shared_bytes;
   Barrier barriers[kBarriers];
-  std::vector<int> ready;
+  std::vector<int> ready, lingering;
 };
 
 std::mt19937_64 generator{1};
@@ -152,6 +152,13 @@ void wake(int fiber) {
   block->ready.push_back(fiber);
 }
 
+// What is asynchronous may take so long that everybody else comes to where they wait.
+void linger(const char* what) {
+  block->fibers[running].waits_for = what;
+  block->lingering.push_back(running);
+  yield();
+}
+
 std::string name(const Fiber& fiber) {
   std::ostringstream text;
   text << "thread " << fiber.who.thread.x << " of block (" << fiber.who.block.x << ", " << fiber.who.block.y << ", "
@@ -196,6 +203,9 @@ void run_block(dim3 at, dim3 grid, unsigned threads, size_t shared_bytes) {
     here.ready.push_back(static_cast<int>(i));
   }
   for (unsigned done = 0; done < threads;) {
+    if (here.ready.empty()) {
+      for (const int fiber : std::exchange(here.lingering, {})) wake(fiber);
+    }
     if (here.ready.empty()) {
       for (int i = 0; i < static_cast<int>(threads) && failure.empty(); ++i) {
         const Fiber& fiber = here.fibers[i];
@@ -418,6 +428,7 @@ void arrive(uint64_t* barrier, int bytes) {
 
 void wait_for_phase(uint64_t* barrier, unsigned parity) {
   Phases& phases = phases_of(barrier);
+  if (!phases.boxes.empty() && draw(2) == 0) linger("a phase of a barrier");
   while (true) {
     for (const Box& box : std::exchange(phases.boxes, {})) {
       arrive(box);
@@ -487,7 +498,10 @@ void wait_for_products(int groups_left) {
   Fiber& fiber = block->fibers[running];
   fiber.fenced = false;
   const int done = static_cast<int>(fiber.product_groups.size()) - groups_left;
-  if (done > 0) make_products(block->warpgroups[running / 128], fiber.product_groups[done - 1]);
+  if (done <= 0) return;
+  Warpgroup& group = block->warpgroups[running / 128];
+  if (group.made < fiber.product_groups[done - 1]) linger("wgmma.wait_group");
+  make_products(group, fiber.product_groups[done - 1]);
 }
 
 }  // namespace simt
