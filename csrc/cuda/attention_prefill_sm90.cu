@@ -4,11 +4,11 @@
 //   warpgroup  0: one thread asks for q, then for K 0, V 0, K 1, V 1, ..., each as soon as a slot is free
 //              1, 2: 64 of the queries each; scores, weights and sums in registers, q, K and V in shared memory
 //
-//   shared     | q of 1 | q of 2 | slot 0: K 0 | slot 1: V 0 | slot 2: K 1 | ... | barriers |       160 KiB at D = 128,
-//                                                                                                   144 KiB at D = 64
-//   a slot     D / 64 pieces, one after the other, of kN rows (keys) of 64 elements: 128 bytes, which are as long as
-//   the
-//              copy engine's swizzle and wgmma's. Chunk c of 16 bytes of row r lies at chunk c ^ r % 8.
+//   shared     | q of 1 | q of 2 | slot 0: K 0 | slot 1: V 0 | slot 2: K 1 | ... | barriers |
+//              160 KiB at D = 128, where there are 4 slots, and 144 KiB at D = 64, where there are 8
+//
+//   a slot     D / 64 pieces, one after the other, each of kN rows (keys) of 64 elements: 128 bytes, as wide as the
+//              swizzle of the copy engine and of wgmma. Chunk c of 16 bytes of row r lies at chunk c ^ r % 8.
 //
 //   K, as b of q K^T: k is D, the rows' direction         V, as b of P V: k is keys, across the rows
 //
@@ -21,18 +21,20 @@
 //   full[slot]   ends a phase when a tile's bytes have arrived: consumers wait for it.
 //   empty[slot]  ends a phase when all 8 warps of the consumers are through with it: the producer waits for it.
 //
-//   tensor cores  q K 0 |          | q K 1, P 0 V 0 |           | q K 2, P 1 V 1 |         of one warpgroup; the
-//   other's other units         | softmax 0           | softmax 1, P 0 V 0 goes on | softmax 2     fill the gaps
+//   tensor cores  | q K 0 |           | q K 1, P 0 V 0 -->       | q K 2, P 1 V 1 -->     | of one consumer; the
+//   other units           | softmax 0 |        | softmax 1, O *= c 1 |       | softmax 2, ...  other fills the gaps
 //
-// Only K's first product and V's last wait for the softmax: the product with V of a tile is under way beside the next
-// tile's softmax, and is corrected when both are done.
+// The product of a tile's weights with V is under way beside the next tile's softmax, and O is made relative to that
+// one's largest score when both are done. wgmma's sums lie in registers as mma's do, and so do weights as operand a:
+// attention_tile.cuh has the softmax for both kernels.
 //
-// Flops: 4 D for each pair of a query and a key; bytes: K and V once for each 128 queries, from L2 after the first: 128
-// flops a byte, 6 TB/s at the full rate of 790 TFLOP/s, which is what an H200's L2 has; so the copies are close to a
-// limit of their own. Softmax: 16 exp2 a clock and scheduler-quarter for 128 x 128 scores are 1024 clocks a tile beside
-// 4 x 128 x 128 x D flops, which take 1024 (D = 64) or 2048 (D = 128) of the tensor cores. Expected for T = 8192,
-// causal: 60 to 70 % of 790 TFLOP/s at D = 128, 45 to 55 % at D = 64, where the two take equally long and never
-// overlap fully. No GPU has run this kernel: what is known of it is what tests/simt's executor and the compiler say.
+// Flops: 4 D for each pair of a query and a key. Bytes: K and V once for each 128 queries, from L2 after the first: 128
+// flops a byte, so that an H200's 790 TFLOP/s would take 6 TB/s of L2, about what it gives. Clocks of a multiprocessor
+// for 128 queries and a tile: 1024 (D = 64) or 2048 (D = 128) of its tensor cores; 1024 for the exp2, 16 a clock; some
+// 800 for the softmax's other instructions. At D = 64 softmax takes as long as the products and is not hidden whole.
+//
+// Expected for T = 8192, causal: 60 to 70 % of 790 TFLOP/s at D = 128, 45 to 55 % at D = 64. No GPU has run this
+// kernel: it stands on the PTX ISA, on what the compiler makes of it, and on tests/simt's executor.
 #include "attention_tile.cuh"
 #include "tensor_map.h"
 

@@ -13,7 +13,7 @@ namespace fastllm::cuda {
 using TensorMap = simt::TensorMap;
 #else
 // CUDA's CUtensorMap, whose header the kernels have no use for.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   uint64_t opaque[16];
 };
 #endif
