@@ -165,7 +165,7 @@ def cuda_toolkit() -> Toolkit | None:
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
     present = gpu_architectures() if wanted == "auto" else wanted.split()
     names = present or WHEEL_ARCHITECTURES.split()
-    # It lists no sm_90a, which it knows where it knows sm_90.
+    # The list has no names of one generation alone: sm_90 stands for 90a.
     chosen = [name for name in names if f"sm_{name.removesuffix('+PTX').removesuffix('a')}" in known]
     if present and chosen != present:
         raise SystemExit(f"fastllm: the CUDA kernels are to be built for {' '.join(present)}; {nvcc} knows {' '.join(known)}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -74,11 +75,11 @@ def cpu_module() -> ModuleType | None:
 
 # ---------------------------------------------------------------- the compiled CUDA module
 
+_cuda_loaded: ModuleType | None = None
 _cuda_error: str | None = None
 try:
-    from . import _cuda as _cuda_loaded  # type: ignore[attr-defined]
+    _cuda_loaded = importlib.import_module("fastllm._cuda")
 except ImportError as error:  # built where there was no nvcc, or a binary for another Python
-    _cuda_loaded = None
     _cuda_error = f"fastllm._cuda could not be imported ({error}); `pip install .` builds it where nvcc is found"
 
 
@@ -93,17 +94,16 @@ def cuda_executor() -> bool:
 
 
 @functools.cache
-def cuda_refusal(device: int) -> str | None:
-    """Why the compiled CUDA kernels can't run on that GPU, or None."""
+def cuda_refusal(major: int, minor: int) -> str | None:
+    """Why the compiled CUDA kernels can't run on a GPU of that compute capability, or None."""
     assert _cuda_loaded is not None
-    gpu = torch.cuda.get_device_capability(device)
     for name in _cuda_loaded.architectures.split():
         number = name.removesuffix("+PTX")
         built = divmod(int(number.removesuffix("a")), 10)
-        same = built == gpu if number.endswith("a") else built[0] == gpu[0] and built[1] <= gpu[1]
-        if same or (number != name and built <= gpu):
+        same = built == (major, minor) if number.endswith("a") else built[0] == major and built[1] <= minor
+        if same or (number != name and built <= (major, minor)):
             return None
-    return f"it was compiled for {_cuda_loaded.architectures}, not for compute capability {gpu[0]}.{gpu[1]}"
+    return f"it was compiled for {_cuda_loaded.architectures}, not for compute capability {major}.{minor}"
 
 
 def isa_names() -> tuple[str, ...]:

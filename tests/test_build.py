@@ -16,6 +16,7 @@ import torch
 from native import rungs
 
 import fastllm
+from fastllm import backends
 from fastllm.backends import cpu_module, cuda_executor, cuda_module
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,6 +173,8 @@ def test_cuda_module_is_imported_without_a_gpu_and_says_so():
         return
     assert facts["devices"] == 0
     assert facts["why"] == "no CUDA driver is installed" or facts["why"].startswith("the CUDA driver says: ")
+    assert backends.cuda_refusal(8, 6) is None
+    assert backends.cuda_refusal(9, 0) == "it was compiled for 80, not for compute capability 9.0"
     x = torch.ones(2, 64)
     with pytest.raises(NotImplementedError, match="it takes CUDA tensors, not cpu"), fastllm.use_backend("cuda"):
         fastllm.rms_norm(x, None)

@@ -15,8 +15,13 @@ namespace {
 template <typename T>
 FASTLLM_INLINE void add_row(const T* x, const T* residual, T* h, int64_t K) {
   int64_t k = 0;
-  for (; k + kWidth <= K; k += kWidth) store(h + k, load(x + k) + load(residual + k));
-  if (k < K) store_n(h + k, load_n(x + k, K - k) + load_n(residual + k, K - k), K - k);
+  for (; k + 2 * kWidth <= K; k += 2 * kWidth) {
+    store_clean(h + k, load(x + k) + load(residual + k), load(x + k + kWidth) + load(residual + k + kWidth));
+  }
+  for (; k < K; k += kWidth) {
+    const int64_t n = K - k < kWidth ? K - k : kWidth;
+    store_n(h + k, load_n(x + k, n) + load_n(residual + k, n), n);
+  }
 }
 
 // Sum of squares in two levels: runs of kRun elements on four chains of floats, runs added up in double, so that the
@@ -46,19 +51,10 @@ FASTLLM_INLINE double sum_of_squares(const T* x, int64_t K) {
   return total + static_cast<double>(reduce_add(rest));
 }
 
-// One rounding of a float to T and back.
-template <typename T>
-FASTLLM_INLINE vf rounded(vf a, T*) {
-  T buffer[kWidth];
-  store(buffer, a);
-  return load(buffer);
-}
-FASTLLM_INLINE vf rounded(vf a, float*) { return a; }
-
 template <typename T>
 FASTLLM_INLINE vf norm_and_weigh(vf x, vf scale, vf weight, bool round_before_weight) {
-  vf normed = x * scale;
-  if (round_before_weight) normed = rounded(normed, static_cast<T*>(nullptr));
+  vf normed = x * scale;  // its NaNs stem from T's, or from the processor
+  if (round_before_weight) normed = round_clean(T{}, normed);
   return normed * weight;
 }
 
@@ -77,14 +73,16 @@ void rms_norm_rows(const RmsNormArgs& a, int64_t begin, int64_t end) {
     const double mean = sum_of_squares(x, K) / static_cast<double>(K);
     const vf scale = set1(static_cast<float>(1.0 / __builtin_sqrt(mean + static_cast<double>(a.eps))));
     const vf offset = set1(a.offset), one = set1(1.0f);
-    int64_t k = 0;
-    for (; k + kWidth <= K; k += kWidth) {
+    const auto normed = [&](int64_t k) {
       const vf w = weight ? load(weight + k) + offset : one;
-      store(y + k, norm_and_weigh<T>(load(x + k), scale, w, a.round_before_weight));
-    }
-    if (k < K) {
-      const vf w = weight ? load_n(weight + k, K - k) + offset : one;
-      store_n(y + k, norm_and_weigh<T>(load_n(x + k, K - k), scale, w, a.round_before_weight), K - k);
+      return norm_and_weigh<T>(load(x + k), scale, w, a.round_before_weight);
+    };
+    int64_t k = 0;
+    for (; k + 2 * kWidth <= K; k += 2 * kWidth) store_clean(y + k, normed(k), normed(k + kWidth));
+    for (; k < K; k += kWidth) {
+      const int64_t n = K - k < kWidth ? K - k : kWidth;
+      const vf w = weight ? load_n(weight + k, n) + offset : one;
+      store_n(y + k, norm_and_weigh<T>(load_n(x + k, n), scale, w, a.round_before_weight), n);
     }
   }
 }

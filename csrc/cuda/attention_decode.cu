@@ -35,9 +35,10 @@ struct DecodeTile {
   static constexpr int kStages = kSharedQ ? 2 : 3;
   static constexpr int kRingBytes = kStages * kStageBytes;
   static constexpr int kSharedBytes = kNumWarps * kRingBytes + (kSharedQ ? kRows * kD * 2 : 0);
+  static constexpr int kSumStride = kD + 8;
   static constexpr int kThreads = 32 * kNumWarps;
   static constexpr int kBlocks = kSharedQ ? 1 : 2;  // at once: left to itself, ptxas would spill to make it three
-  static_assert(kSharedBytes <= 99 << 10 && kRows * (kD + 2) * 4 <= kRingBytes);
+  static_assert(kSharedBytes <= 99 << 10 && kRows * (kSumStride + 2) * 4 <= kRingBytes);
 };
 
 // fp16 holds a weight times v's scale wherever it would hold v, if that is made 64 times larger.
@@ -152,8 +153,7 @@ __global__ void __launch_bounds__(DecodeTile<Cache, kD>::kThreads, DecodeTile<Ca
   softmax.start();
   for (int stage = 0; tile < tile_end; tile += kNumWarps, stage = (stage + 1) % kStages) {
     ptx::wait_for_copies<kStages - 2>();
-    __syncwarp();  // every lane's part of this tile is there, and every lane is through with the stage that is filled
-                   // next
+    __syncwarp();  // this tile is there for every lane, and every lane is through with the stage that is filled next
     if (const int ahead = tile + (kStages - 1) * kNumWarps; ahead < tile_end) {
       load(ahead, (stage + kStages - 1) % kStages, mine);
       mine = find(ahead + kNumWarps);
@@ -188,17 +188,25 @@ __global__ void __launch_bounds__(DecodeTile<Cache, kD>::kThreads, DecodeTile<Ca
     add_values<T, Cache, kD, kN, 1>(rO, rP, sV);
   }
 
-  // The warps' results meet where their rings were: 16 rows of D sums, their largest exponents, their totals.
-  constexpr int kSums = kRows * kD, kSharedStride = Tile::kRingBytes / 4;
+  // The warps' results meet where their rings were: 16 rows of D sums, their largest exponents, their totals. Rows lie
+  // D
+  // + 8 apart, so that four of them written at once do not meet in the same banks.
+  constexpr int kSums = kRows * Tile::kSumStride, kSharedStride = Tile::kRingBytes / 4;
   float* const sWarp = reinterpret_cast<float*>(sRing);
   __syncwarp();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = lane / 4 + 8 * half;
 #pragma unroll
-    for (int j = 0; j < kD / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) sWarp[row * kD + output_column<Cache>(j, e)] = rO[0][j][2 * half + e];
+    for (int j = 0; j < kD / 8; j += 2) {
+      float* const to = sWarp + row * Tile::kSumStride + 8 * j;
+      const float *const left = rO[0][j] + 2 * half, *const right = rO[0][j + 1] + 2 * half;
+      if constexpr (Tile::kScaled) {
+        store_pack<float, 4>(to + lane % 4 * 4, {left[0], right[0], left[1], right[1]});
+      } else {
+        store_pack<float, 2>(to + lane % 4 * 2, {left[0], left[1]});
+        store_pack<float, 2>(to + lane % 4 * 2 + 8, {right[0], right[1]});
+      }
     }
     const float total = reduce_lanes<4>(softmax.total[0][half], Sum());
     if (lane % 4 == 0) {
@@ -221,7 +229,7 @@ __global__ void __launch_bounds__(DecodeTile<Cache, kD>::kThreads, DecodeTile<Ca
     for (int w = 0; w < kNumWarps; ++w) {
       const float* const sOther = sAll + w * kSharedStride;
       const float weight = ptx::exp2(sOther[kSums + row] - shift);
-      const Pack<float, 4> other = load_pack<float, 4>(sOther + at);
+      const Pack<float, 4> other = load_pack<float, 4>(sOther + row * Tile::kSumStride + at % kD);
       total += weight * sOther[kSums + kRows + row];
 #pragma unroll
       for (int e = 0; e < 4; ++e) sums.at[e] += weight * other.at[e];

@@ -12,8 +12,8 @@
 // Flops: 4 D for each pair of a query and a key. Bytes: K and V once for each kBlockM queries, from L2 after the first:
 // 128 flops a byte in bf16. Arithmetic is the limit. Of shared memory's 128 bytes a clock 32 rows take, for D = 128,
 // six ldmatrix for 16 mma: 24 clocks beside the 32 of an A100's tensor cores, where 16 rows would take 20 beside 16.
-// That is why a warp has 32, and q stays in shared memory. A lane's score costs eight instructions of softmax beside D
-// / 32 mma.
+// That is why a warp has 32, and q stays in shared memory. A score of a lane costs eight instructions of softmax and
+// D / 32 mma.
 //
 // Expected: 60 % of an A100's 312 TFLOP/s for T = 8192, D = 128, causal. An H200's mma.sync has some 60 % of the 790
 // TFLOP/s of its warp groups' instructions, 470, so 300 here, and Triton's kernel is preferred there.

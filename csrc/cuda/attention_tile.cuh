@@ -4,15 +4,16 @@
 //         c=0  1  2  3                 keys. With g = lane / 4 and c = lane % 4 a lane holds, of 8 columns that an mma
 //       +--+--+--+--+                  gives, columns 2 c and 2 c + 1 of rows g and g + 8:
 //   g=0 |01|01|01|01|  row g           rS[m][j][e], rS[m][j][2 + e]: the scores of key 8 j + 2 c + e
-//    ...|  |  |  |  |                  rO[m][j][e], rO[m][j][2 + e]: the sums of element output_column(j, e)
+//    ...|  |  |  |  |                  rO[m][j][e], rO[m][j][2 + e]: the sums of element 8 j + 2 c + e
 //   g=0 |23|23|23|23|  row g + 8       rP[m][i]: an mma's operand a, the weights of keys 16 i .. 16 i + 15
 //       +--+--+--+--+
 //
 // K and V lie in shared memory as they do in global memory, a row of D elements a key, but for the order of a row's
 // 16-byte chunks, see swizzled(). So that int8 needs no third copy, it becomes q's dtype between ldmatrix and mma: a
-// register of four bytes gives two of pairs, bytes 0 and 2, bytes 1 and 3. Of K these are four elements of one row, so
-// q's registers hold the same order (see kPairs). Of V, transposed in pairs of bytes, they are two keys' elements 2 g
-// and 2 g + 1: two columns of the output, which is what output_column() is about.
+// register of four bytes becomes two of pairs, of bytes 0 and 2 and of bytes 1 and 3. Of K a lane has elements 4 c to
+// 4 c + 3 of 16, so its q is of 4 c and 4 c + 2, and of 4 c + 1 and 4 c + 3. Of V, transposed in pairs of bytes, it has
+// elements 2 g and 2 g + 1 of two keys, which go to two products: rO[m][j][e] and rO[m][j + 1][e], for an even j, are
+// then elements 8 j + 4 c + 2 e and 8 j + 4 c + 2 e + 1.
 #pragma once
 
 #include <type_traits>
@@ -126,14 +127,6 @@ __device__ __forceinline__ void widen_bytes(unsigned bytes, unsigned& even, unsi
   };
   even = pair(bytes);
   odd = pair(bytes >> 8);
-}
-
-// Which element of the head a lane's rO[m][j][e] is.
-template <typename Cache>
-__device__ __forceinline__ int output_column(int j, int e) {
-  const int c = threadIdx.x % 4;
-  if constexpr (sizeof(Cache) == 1) return j / 2 * 16 + 4 * c + 2 * e + j % 2;
-  return 8 * j + 2 * c + e;
 }
 
 // rS = q K^T. load_q(lane, i, rQ) gives elements 16 i .. 16 i + 15 of the rows as operands a.

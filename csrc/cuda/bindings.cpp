@@ -5,6 +5,7 @@ namespace fastllm::cuda {
 
 void bind_attention(py::module_& m);
 void bind_gated_activation(py::module_& m);
+void bind_quant_matmul(py::module_& m);
 void bind_rms_norm(py::module_& m);
 void bind_rotary(py::module_& m);
 
@@ -75,6 +76,7 @@ PYBIND11_MODULE(_cuda, m) {
 #endif
   bind_attention(m);
   bind_gated_activation(m);
+  bind_quant_matmul(m);
   bind_rms_norm(m);
   bind_rotary(m);
 }

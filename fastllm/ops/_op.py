@@ -18,6 +18,7 @@ from torch.library import Library
 from .. import backends as _backends
 from ..backends import Backend
 from ..errors import no_backend_error
+from ._launch import gpu_of
 
 __all__ = ["OPS", "Op", "empty", "note_write", "refuse_gradient", "refuse_unless_cpu", "refuse_unless_cuda"]
 
@@ -209,7 +210,8 @@ def refuse_unless_cuda(*tensors: torch.Tensor | None) -> str | None:
         if t is None:
             continue
         if t.is_cuda:
-            return _backends.cuda_refusal(t.device.index)  # all are on one device: the op's checks have seen to it
+            gpu = gpu_of(t.device)  # all are on one device: the op's checks have seen to it
+            return "it has no kernels for AMD's GPUs" if gpu.hip else _backends.cuda_refusal(gpu.major, gpu.minor)
         if not (t.is_cpu and _cuda_runs_here):
             return f"it takes CUDA tensors, not {t.device.type}"
     return None

@@ -17,6 +17,7 @@ from fastllm.quant.tensor import QuantizedTensor, store_integers
 
 __all__ = ["from_awq", "from_gptq", "from_hqq", "from_q4_0", "from_q4_1", "from_q8_0"]
 
+CHUNK_ROWS = 4096  # converted at a time: the temporaries of a whole vocabulary's matrix would be more than it
 GGML_BLOCK = 32  # weights in a block of Q4_0, Q4_1 and Q8_0
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of an AWQ word holds column AWQ_ORDER[i] of its eight
 
@@ -190,9 +191,11 @@ def _make_q4(scale: Tensor, minimum: Tensor | None, payload: Tensor, zero: int) 
     """GGML's 4-bit payload: byte j of a block holds weight j in its low nibble and weight 16 + j in its high one."""
     n, groups = payload.shape[:2]
     data = payload.new_empty((n, groups, 16))
-    even, odd = payload[..., 0::2], payload[..., 1::2]
-    data[..., :8] = (even & 0x0F) | (odd << 4)
-    data[..., 8:] = (even >> 4) | (odd & 0xF0)
+    for start in range(0, n, CHUNK_ROWS):
+        rows, out = payload[start : start + CHUNK_ROWS], data[start : start + CHUNK_ROWS]
+        even, odd = rows[..., 0::2], rows[..., 1::2]
+        out[..., :8] = (even & 0x0F) | (odd << 4)
+        out[..., 8:] = (even >> 4) | (odd & 0xF0)
     return QuantizedTensor.make(
         data.view(n, groups * 16),
         scale.reshape(n, groups),

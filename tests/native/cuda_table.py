@@ -33,6 +33,18 @@ EXPECTED = [
     (r"^(rms_norm|gated_activation)_kernel<\w+, (4|8), ", {"16-byte loads": WIDE_LOAD, "16-byte stores": WIDE_STORE}),
     (r"^rotary_kernel<\w+, (4|8), ", {"16-byte loads": WIDE_LOAD}),
     (
+        r"^quant_product_kernel<FloatMath<bf16",
+        {"16-byte loads": WIDE_LOAD, "bf16 product": r"mma\.sync\.[\w.]*m16n8k16[\w.]*\.bf16\.bf16"},
+    ),
+    (
+        r"^quant_product_kernel<FloatMath<f16",
+        {"16-byte loads": WIDE_LOAD, "fp16 product": r"mma\.sync\.[\w.]*m16n8k16[\w.]*\.f16\.f16"},
+    ),
+    (
+        r"^quant_product_kernel<Int8Math",
+        {"16-byte loads": WIDE_LOAD, "int8 product": r"mma\.sync\.[\w.]*m16n8k32[\w.]*\.s8\.s8"},
+    ),
+    (
         r"^attention_(decode|prefill)_kernel<",
         {"16-byte copies": WIDE_LOAD, "matrix instructions": r"mma\.sync\.aligned\.m16n8k16"},
     ),

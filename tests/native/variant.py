@@ -72,9 +72,10 @@ def main() -> int:
     if not arguments:
         return 0
     # `python -m` puts the working directory before everything else, so that is where the variant has to be.
-    here = (ROOT / a.partition("::")[0] for a in arguments)
+    # A module's name is no path, though fastllm/ is there.
+    before = ["", *arguments]
     arguments = [
-        str(ROOT / a) if at.exists() and before != "-m" else a for before, a, at in zip(["", *arguments], arguments, here)
+        str(ROOT / a) if b != "-m" and (ROOT / a.partition("::")[0]).exists() else a for a, b in zip(arguments, before)
     ]
     if "pytest" in arguments[:2]:
         arguments += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]

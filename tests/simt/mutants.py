@@ -15,6 +15,10 @@ from typing import NamedTuple
 
 import ninja
 
+from . import mutants_attention as attention
+from . import mutants_attention, mutants_quant_matmul
+from . import mutants_quant_matmul as quant_matmul
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 
@@ -43,6 +47,8 @@ MUTANTS = [
     Mutant("rotary.cu", "a page's row is its neighbour", "slot %= a.page;", "slot = (slot + 1) % a.page;", "rotary_cache and pages"),
     Mutant("rotary.cu", "an int8 row's step is a lane's own", "largest = reduce_lanes<kLanes>(largest, Largest());", "", "rotary_cache and int8"),
 ]  # fmt: skip
+MUTANTS += [Mutant(*m) for m in (*attention.MUTANTS, *quant_matmul.MUTANTS)]
+MUTANTS += [Mutant(*mutant) for mutant in (*mutants_quant_matmul.MUTANTS, *mutants_attention.MUTANTS)]
 
 
 def build(mutant: Mutant, folder: Path) -> ModuleType:

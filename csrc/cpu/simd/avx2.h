@@ -34,6 +34,18 @@ FASTLLM_INLINE __m128i narrow(bf16, vf a) {
 }
 FASTLLM_INLINE __m128i narrow(f16, vf a) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
 
+// See simd.h. A NaN whose low half is zero stays one: the carry stops there.
+FASTLLM_INLINE __m256i rounded_bits(vf a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+}
+FASTLLM_INLINE vf round_clean(bf16, vf a) {
+  return {_mm256_castsi256_ps(_mm256_and_si256(rounded_bits(a), _mm256_set1_epi32(-65536)))};
+}
+FASTLLM_INLINE vf round_clean(f16, vf a) { return widen(f16{}, narrow(f16{}, a)); }
+FASTLLM_INLINE vf round_clean(float, vf a) { return a; }
+
 FASTLLM_INLINE vf load(const float* p) { return {_mm256_loadu_ps(p)}; }
 FASTLLM_INLINE vf load_n(const float* p, int64_t n) { return {_mm256_maskload_ps(p, lane_mask(n))}; }
 FASTLLM_INLINE void store(float* p, vf a) { _mm256_storeu_ps(p, a.v); }
@@ -62,6 +74,16 @@ FASTLLM_INLINE vf load_n(const Half* p, int64_t n) {
 template <typename Half>
 FASTLLM_INLINE void store(Half* p, vf a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(Half{}, a));
+}
+FASTLLM_INLINE void store_clean(bf16* p, vf a, vf b) {
+  const __m256i low = _mm256_srli_epi32(rounded_bits(a), 16), high = _mm256_srli_epi32(rounded_bits(b), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
+}
+template <typename T>
+FASTLLM_INLINE void store_clean(T* p, vf a, vf b) {
+  store(p, a);
+  store(p + kWidth, b);
 }
 template <typename Half>
 FASTLLM_INLINE void store_n(Half* p, vf a, int64_t n) {

@@ -30,6 +30,18 @@ FASTLLM_INLINE __m256i narrow(bf16, vf a) {
 }
 FASTLLM_INLINE __m256i narrow(f16, vf a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
 
+// See simd.h. A NaN whose low half is zero stays one: the carry stops there.
+FASTLLM_INLINE __m512i rounded_bits(vf a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+}
+FASTLLM_INLINE vf round_clean(bf16, vf a) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(rounded_bits(a), _mm512_set1_epi32(-65536)))};
+}
+FASTLLM_INLINE vf round_clean(f16, vf a) { return widen(f16{}, narrow(f16{}, a)); }
+FASTLLM_INLINE vf round_clean(float, vf a) { return a; }
+
 FASTLLM_INLINE vf load(const float* p) { return {_mm512_loadu_ps(p)}; }
 FASTLLM_INLINE vf load_n(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(lane_mask(n), p)}; }
 FASTLLM_INLINE void store(float* p, vf a) { _mm512_storeu_ps(p, a.v); }
@@ -46,6 +58,19 @@ FASTLLM_INLINE vf load_n(const Half* p, int64_t n) {
 template <typename Half>
 FASTLLM_INLINE void store(Half* p, vf a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(Half{}, a));
+}
+FASTLLM_INLINE void store_clean(bf16* p, vf a, vf b) {
+  const auto store_one = [](bf16* to, vf x) {
+    const __m256i bits = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bits(x), 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+  };
+  store_one(p, a);
+  store_one(p + kWidth, b);
+}
+template <typename T>
+FASTLLM_INLINE void store_clean(T* p, vf a, vf b) {
+  store(p, a);
+  store(p + kWidth, b);
 }
 template <typename Half>
 FASTLLM_INLINE void store_n(Half* p, vf a, int64_t n) {

@@ -82,6 +82,17 @@ FASTLLM_INLINE void store_n(T* p, vf a, int64_t n) {
   if (n > 0) from_float(a.v, *p);
 }
 
+template <typename T>
+FASTLLM_INLINE vf round_clean(T narrow, vf a) {
+  from_float(a.v, narrow);
+  return {to_float(narrow)};
+}
+template <typename T>
+FASTLLM_INLINE void store_clean(T* p, vf a, vf b) {
+  store(p, a);
+  store(p + kWidth, b);
+}
+
 FASTLLM_INLINE vf set1(float x) { return {x}; }
 FASTLLM_INLINE vf zero() { return {0.0f}; }
 FASTLLM_INLINE vf operator+(vf a, vf b) { return {a.v + b.v}; }

@@ -8,6 +8,10 @@
 // Stores round to nearest even; what goes to int8_t must be finite and is at most 127. max(a, b) and min(a, b) return b
 // where either is NaN, as the x86 instructions do.
 //
+// round_clean(T{}, a) is a rounded to T and kept as floats, store_clean(p, a, b) stores two vectors: cheaper than
+// narrowing and widening, and than store, for values whose NaNs have zeros in their low halves, as those made of bf16
+// or f16 have and the processor's own.
+//
 // Include it inside nothing; it opens fastllm::cpu::<rung> and an unnamed namespace itself, so that every function has
 // internal linkage. Kernel files must not call inline functions or templates of the standard library: those have
 // external linkage, and the linker may keep the AVX-512 copy for everyone.

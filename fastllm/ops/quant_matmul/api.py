@@ -11,7 +11,7 @@ from ...backends import Backend
 from ...errors import type_error, value_error
 from ...quant.tensor import QuantizedTensor
 from .. import _check, _op, _triton
-from . import native, reference
+from . import cuda, native, reference
 
 
 def _prepare(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float") -> tuple[Any, ...]:
@@ -116,6 +116,7 @@ _op_quant_matmul = _op.Op(
     fake=_fake,
     backends=(
         Backend("cpu", native.quant_matmul, native.refuse),
+        Backend("cuda", cuda.quant_matmul, cuda.refuse),
         _triton.backend(__package__, "dequantized_matmul", "refuse_dequantized", name="torch"),
         _triton.backend(__package__, "quant_matmul"),
         Backend("reference", _reference, _check.never_refuse),

@@ -153,6 +153,11 @@ def _cases() -> list[Case]:
         add("int8 g32 zero 2x3x7x47x544", (2, 3, 7), 47, 544, bits=8, form="zero")
         add("int8 g32 minimum 5x15x64", 5, 15, 64, bits=8, scale_dtype=torch.float32)
         add("int8 g128 both 6x16x256", 6, 16, 256, bits=8, group_size=128, form="both")
+        # For a warp's and a team's ring of copies that goes round, and parts of K that are added by a kernel of their own.
+        add("int4 g32 minimum 2x80x4224", 2, 80, 4224, scale_dtype=torch.float32)
+        add("int8 g64 zero 3x20x4224", 3, 20, 4224, bits=8, group_size=64, form="zero", bias=True)
+        add("int4 g32 zero 40x50x544", 40, 50, 544, form="zero")
+        add("int8 g128 both 20x40x384", 20, 40, 384, bits=8, group_size=128, form="both", bias=True)
         add("one row, one column 1x1x1", 1, 1, 1, group_size=-1)
         add("short 4x2x5 int8", 4, 2, 5, bits=8, group_size=-1)
         add("no tokens 0x16x64", 0, 16, 64)
