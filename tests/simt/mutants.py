@@ -16,7 +16,6 @@ from typing import NamedTuple
 import ninja
 
 from . import mutants_attention as attention
-from . import mutants_attention, mutants_quant_matmul
 from . import mutants_quant_matmul as quant_matmul
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +47,6 @@ MUTANTS = [
     Mutant("rotary.cu", "an int8 row's step is a lane's own", "largest = reduce_lanes<kLanes>(largest, Largest());", "", "rotary_cache and int8"),
 ]  # fmt: skip
 MUTANTS += [Mutant(*m) for m in (*attention.MUTANTS, *quant_matmul.MUTANTS)]
-MUTANTS += [Mutant(*mutant) for mutant in (*mutants_quant_matmul.MUTANTS, *mutants_attention.MUTANTS)]
 
 
 def build(mutant: Mutant, folder: Path) -> ModuleType:
