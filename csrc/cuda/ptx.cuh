@@ -292,7 +292,7 @@ __device__ __forceinline__ void wait_for_products(float (&c)[kColumns][4]) {
     asm volatile(                                                                                                  \
         "{\n.reg .pred p;\nsetp.ne.s32 p, %66, 0;\n"                                                               \
         "wgmma.mma_async.sync.aligned.m64n128k16.f32." #type "." #type " {" FASTLLM_NAMES_64                       \
-        "}, %64, %65, p, 1, 1, 0, 0;\n\t}"                                                                           \
+        "}, %64, %65, p, 1, 1, 0, 0;\n\t}"                                                                         \
         : FASTLLM_SUMS_32(c, 0), FASTLLM_SUMS_32(c, 8)                                                             \
         : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                             \
   }                                                                                                                \
