@@ -49,5 +49,7 @@ int attention_split_keys(int64_t S, int64_t Hk, int device);
 
 void attention_decode(const AttentionArgs& args, Place place);
 void attention_prefill(const AttentionArgs& args, Place place);
+// False, and nothing is done, where the GPU or the call is not what it is made for.
+bool attention_prefill_sm90(const AttentionArgs& args, Place place);
 
 }  // namespace fastllm::cuda

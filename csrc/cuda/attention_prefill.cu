@@ -16,7 +16,7 @@
 // D / 32 mma.
 //
 // Expected: 60 % of an A100's 312 TFLOP/s for T = 8192, D = 128, causal. An H200's mma.sync has some 60 % of the 790
-// TFLOP/s of its warp groups' instructions, 470, so 300 here, and Triton's kernel is preferred there.
+// TFLOP/s of its warp groups' instructions, 470, so 300 here: attention_prefill_sm90.cu goes before it, then Triton's.
 #include "attention_tile.cuh"
 
 namespace fastllm::cuda {
@@ -185,6 +185,7 @@ void launch_for(const AttentionArgs& a, Place place) {
 }  // namespace
 
 void attention_prefill(const AttentionArgs& a, Place place) {
+  if (attention_prefill_sm90(a, place)) return;
   a.dtype == DType::bf16 ? launch_for<bf16>(a, place) : launch_for<f16>(a, place);
 }
 

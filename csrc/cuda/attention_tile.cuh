@@ -277,10 +277,10 @@ struct Softmax {
   // Scores become weights relative to the new largest exponent, and what was summed before becomes so too.
   //
   // A weight is one fused multiply-add and one exp2; exponent z is rounded once, in `top`, not once more in each
-  // difference. Where nothing is visible yet, -inf - -inf would be NaN.
-  template <int kJ, int kColumns>
-  __device__ __forceinline__ void weigh(float (&rS)[kM][kJ][4], float (&rO)[kM][kColumns][4], float exponent) {
-    float correction[kM][2];
+  // difference. Where nothing is visible yet, -inf - -inf would be NaN. The result is whether any of the warp's has
+  // moved: soon it is false, for the largest of the first keys is rarely surpassed.
+  template <int kJ>
+  __device__ __forceinline__ bool weigh(float (&rS)[kM][kJ][4], float exponent, float (&correction)[kM][2]) {
     bool moved = false;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
@@ -308,7 +308,10 @@ struct Softmax {
         total[m][half] = total[m][half] * correction[m][half] + sum;
       }
     }
-    if (!__any_sync(kWholeWarp, moved)) return;  // soon the rule: the largest of the first keys is rarely surpassed
+    return __any_sync(kWholeWarp, moved);
+  }
+  template <int kColumns>
+  __device__ __forceinline__ static void correct(float (&rO)[kM][kColumns][4], const float (&correction)[kM][2]) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -317,6 +320,12 @@ struct Softmax {
         for (int e = 0; e < 4; ++e) rO[m][j][e] *= correction[m][e / 2];
       }
     }
+  }
+
+  template <int kJ, int kColumns>
+  __device__ __forceinline__ void weigh(float (&rS)[kM][kJ][4], float (&rO)[kM][kColumns][4], float exponent) {
+    float correction[kM][2];
+    if (weigh(rS, exponent, correction)) correct(rO, correction);
   }
 };
 

@@ -64,6 +64,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("architectures") = FASTLLM_CUDA_ARCHS;
 #ifdef FASTLLM_SIMT
   m.def("seed", &simt::seed, "the order of threads, blocks and copies from the next launch on");
+  m.def("use_capability", &use_capability, "80 or 90: the GPU that launches are chosen for from now on");
   m.def("launches", [] {
     py::dict all;
     for (const auto& [name, seen] : simt::launches()) {

@@ -1,4 +1,5 @@
 // What launches depend on of a GPU.
+#include <cstring>
 #include <mutex>
 #include <vector>
 
@@ -8,10 +9,10 @@ namespace fastllm::cuda {
 
 #ifdef FASTLLM_SIMT
 
-const Gpu& gpu(int) {
-  static const Gpu executor{80, 4};
-  return executor;
-}
+static Gpu executor{80, 4, false};
+
+const Gpu& gpu(int) { return executor; }
+void use_capability(int capability) { executor = {capability, 4, capability == 90}; }
 
 #else
 
@@ -26,7 +27,9 @@ const Gpu& gpu(int device) {
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, next);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, next);
     cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, next);
-    known.push_back({10 * major + minor, multiprocessors});
+    const int capability = 10 * major + minor;
+    const bool compiled = std::strstr(" " FASTLLM_CUDA_ARCHS, " 90a") != nullptr;
+    known.push_back({capability, multiprocessors, capability == 90 && compiled});
   }
   return known[device];
 }

@@ -30,8 +30,12 @@ struct Shape {
 struct Gpu {
   int capability;  // 90 for 9.0
   int multiprocessors;
+  bool sm90a;  // whether kernels with instructions of sm_90a alone were compiled, and run here
 };
 const Gpu& gpu(int device);
+#ifdef FASTLLM_SIMT
+void use_capability(int capability);  // what the executor says that it is: 80, or 90
+#endif
 
 inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 

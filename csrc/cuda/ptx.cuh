@@ -191,6 +191,131 @@ __device__ __forceinline__ void mma_s8(int (&c)[4], const unsigned (&a)[4], unsi
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// ---------------------------------------------------------------- Hopper: barriers and copies of whole tiles
+
+// How many threads arrive before a phase ends. 9.7.13.15.9, mbarrier.init.
+__device__ __forceinline__ void init_barrier(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// This thread's own writes to shared memory, barriers included, come before what the copy engine and the tensor cores
+// do there after the next barrier of threads: without it those may not see them. 9.7.13.4, fence.proxy.async.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// One of the arrivals that a phase waits for. 9.7.13.15.13, mbarrier.arrive.
+__device__ __forceinline__ void arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// The same, and the phase waits for that many bytes of copies as well. 9.7.13.15.13, mbarrier.arrive.expect_tx.
+__device__ __forceinline__ void arrive_expecting(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Waits until the phase of that parity has ended: the first phase's is 0, and the one before the first has. try_wait
+// suspends the thread for a while, so that the loop takes few issue slots. 9.7.13.15.16, mbarrier.try_wait.
+__device__ __forceinline__ void wait_for_phase(uint64_t* barrier, unsigned parity) {
+  unsigned ended = 0;
+  while (ended == 0) {
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n\t}"
+                 : "=r"(ended)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+  }
+}
+
+// A box of a tensor of four dims into shared memory by the copy engine, zeros where it leaves the tensor; its bytes
+// count on the barrier. Coordinates are those of the first element, innermost first. 9.7.9.25.5.2,
+// cp.async.bulk.tensor.4d.
+__device__ __forceinline__ void copy_box(void* to, const void* tensor_map, uint64_t* barrier, int x0, int x1, int x2,
+                                         int x3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(shared_address(to)),
+      "l"(tensor_map), "r"(shared_address(barrier)), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+      : "memory");
+}
+
+// ---------------------------------------------------------------- Hopper: matrices of a warpgroup
+
+// The compiler gives each thread of a kernel the same number of registers; a warpgroup that copies has no use for them,
+// one that multiplies has. 9.7.19.5, setmaxnreg.
+template <int kRegisters>
+__device__ __forceinline__ void give_up_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// What this thread did to registers comes before the wgmma that follow and use them. 9.7.15.7.1, wgmma.fence.
+__device__ __forceinline__ void fence_registers() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Closes this warp's group of wgmma. 9.7.15.7.2, wgmma.commit_group.
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most kGroupsLeft of this warp's newest groups are under way. The sums of those that are done are
+// given, so that the compiler can't read them earlier. 9.7.15.7.3, wgmma.wait_group.
+template <int kGroupsLeft, int kColumns>
+__device__ __forceinline__ void wait_for_products(float (&c)[kColumns][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroupsLeft) : "memory");
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(c[j][e])::"memory");
+  }
+}
+
+// c (64 x N) = or += a (64 x 16) b (16 x N) by a warpgroup, asynchronously; its warp w has rows 16 w .. 16 w + 15, as
+// mma would lay them out: c[j] is columns 8 j .. 8 j + 7. 9.7.15.5.2, wgmma.mma_async.
+//
+// multiply_tiles: a and b from shared memory, by descriptor, both with k as their inner dim; c is new if !add.
+// multiply_weights: a from registers, as mma's; b with n as its inner dim (the last 1); += always.
+#define FASTLLM_SUMS_8(c, j)                                                                                           \
+  "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3]), "+f"(c[j + 1][0]), "+f"(c[j + 1][1]), "+f"(c[j + 1][2]), \
+      "+f"(c[j + 1][3])
+#define FASTLLM_SUMS_32(c, j) \
+  FASTLLM_SUMS_8(c, j), FASTLLM_SUMS_8(c, j + 2), FASTLLM_SUMS_8(c, j + 4), FASTLLM_SUMS_8(c, j + 6)
+#define FASTLLM_NAMES_32                                                                                      \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+  "%23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTLLM_NAMES_64                                                                                             \
+  FASTLLM_NAMES_32                                                                                                   \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
+  "%54, "                                                                                                            \
+  "%55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+#define FASTLLM_MULTIPLY(type)                                                                                     \
+  __device__ __forceinline__ void multiply_tiles_##type(float (&c)[16][4], uint64_t a, uint64_t b, bool add) {     \
+    asm volatile(                                                                                                  \
+        "{\n.reg .pred p;\nsetp.ne.s32 p, %66, 0;\n"                                                               \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." #type "." #type " {" FASTLLM_NAMES_64                       \
+        "}, %64, %65, p, 1, 1, 0, 0;\n\t}"                                                                         \
+        : FASTLLM_SUMS_32(c, 0), FASTLLM_SUMS_32(c, 8)                                                             \
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                             \
+  }                                                                                                                \
+  __device__ __forceinline__ void multiply_weights_##type(float (&c)[8][4], const unsigned (&a)[4], uint64_t b) {  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." #type "." #type " {" FASTLLM_NAMES_32               \
+                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                                       \
+                 : FASTLLM_SUMS_32(c, 0)                                                                           \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                            \
+  }                                                                                                                \
+  __device__ __forceinline__ void multiply_weights_##type(float (&c)[16][4], const unsigned (&a)[4], uint64_t b) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." #type "." #type " {" FASTLLM_NAMES_64              \
+                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                                       \
+                 : FASTLLM_SUMS_32(c, 0), FASTLLM_SUMS_32(c, 8)                                                    \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                            \
+  }
+FASTLLM_MULTIPLY(bf16)
+FASTLLM_MULTIPLY(f16)
+#undef FASTLLM_MULTIPLY
+#undef FASTLLM_NAMES_64
+#undef FASTLLM_NAMES_32
+#undef FASTLLM_SUMS_32
+#undef FASTLLM_SUMS_8
+
 }  // namespace fastllm::cuda::ptx
 
 #endif

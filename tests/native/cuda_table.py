@@ -28,7 +28,7 @@ WIDE_LOAD = (
     r"ld\.global[.\w:]*\.v4\.(u32|b32|f32|s32)|ld\.global[.\w:]*\.v2\.(u64|b64|f64)|cp\.async[.\w]*\.shared\.global[^;]*, 16"
 )
 WIDE_STORE = r"st\.global[.\w]*\.v4\.(u32|b32|f32|s32)|st\.global[.\w]*\.v2\.(u64|b64|f64)"
-# kernel -> what its PTX must hold, if its template arguments match: a name ends in what c++filt prints.
+# "kernel<template arguments> sm_90a" -> what its PTX must hold.
 EXPECTED = [
     (r"^(rms_norm|gated_activation)_kernel<\w+, (4|8), ", {"16-byte loads": WIDE_LOAD, "16-byte stores": WIDE_STORE}),
     (r"^rotary_kernel<\w+, (4|8), ", {"16-byte loads": WIDE_LOAD}),
@@ -49,6 +49,15 @@ EXPECTED = [
         {"16-byte copies": WIDE_LOAD, "matrix instructions": r"mma\.sync\.aligned\.m16n8k16"},
     ),
     (r"^attention_prefill_kernel<", {"16-byte stores": WIDE_STORE}),
+    (
+        r"^attention_prefill_sm90_kernel<.* sm_90a$",  # empty for all others
+        {
+            "16-byte stores": WIDE_STORE,
+            "wgmma": r"wgmma\.mma_async",
+            "copies of boxes": r"cp\.async\.bulk\.tensor\.4d",
+            "setmaxnreg": r"setmaxnreg\.inc",
+        },
+    ),
 ]
 
 
@@ -108,7 +117,7 @@ def compile_one(command: str, source: Path, target: str) -> Iterator[Kernel]:
         problems = [f"{spilled} bytes of registers spill"] if spilled else []
         problems += [f"{stack} bytes of stack"] if int(stack) and not spilled else []
         for pattern, needed in EXPECTED:
-            if re.search(pattern, name):
+            if re.search(pattern, f"{name} sm_{target}"):
                 problems += [f"no {what}" for what, instruction in needed.items() if not re.search(instruction, bodies[symbol])]
         yield Kernel(source.name, name, f"sm_{target}", int(registers), spilled, int(stack), matrix, "; ".join(problems))
 

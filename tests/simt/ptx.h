@@ -1,6 +1,8 @@
 // The executor's bodies of csrc/cuda/ptx.cuh: what the PTX ISA says of each instruction, computed lane by lane.
 #pragma once
 
+#include <stdexcept>
+
 #include "simt.h"
 
 namespace fastllm::cuda::ptx {
@@ -186,6 +188,108 @@ inline void mma_s8(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1
   simt::meet(0xffffffffu, "mma s8", &mine, [](void* const lanes[32], unsigned) {
     multiply<4, int>(lanes, [](unsigned x, int e) { return byte(x, e); });
   });
+}
+
+// ---------------------------------------------------------------- Hopper
+
+inline unsigned shared_address(const void* pointer) { return simt::shared_offset(pointer); }
+
+inline void init_barrier(uint64_t* barrier, int arrivals) { simt::init_phases(barrier, arrivals); }
+inline void fence_async_proxy() {}
+inline void arrive(uint64_t* barrier) { simt::arrive(barrier, 0); }
+inline void arrive_expecting(uint64_t* barrier, int bytes) { simt::arrive(barrier, bytes); }
+inline void wait_for_phase(uint64_t* barrier, unsigned parity) { simt::wait_for_phase(barrier, parity); }
+inline void copy_box(void* to, const void* tensor_map, uint64_t* barrier, int x0, int x1, int x2, int x3) {
+  simt::copy_box(to, *static_cast<const simt::TensorMap*>(tensor_map), barrier, {x0, x1, x2, x3});
+}
+
+template <int kRegisters>
+inline void give_up_registers() {}
+template <int kRegisters>
+inline void take_registers() {}
+
+inline void fence_registers() { simt::fence_registers(); }
+inline void commit_products() { simt::commit_products(); }
+template <int kGroupsLeft, int kColumns>
+inline void wait_for_products(float (&)[kColumns][4]) {
+  simt::wait_for_products(kGroupsLeft);
+}
+
+// An element of a matrix that a descriptor describes, in 16-bit elements with the 128-byte swizzle: `outer` counts rows
+// of a K-major matrix, or the columns of an N-major one; `k` the other direction. 9.7.15.5.1.2, the canonical layouts
+// ((8, m), (T, 2 k)) : ((8 T, SBO), (1, T)) and ((T, 8, m), (8, k)) : ((1, T, LBO), (8 T, SBO)) with T = 8.
+template <bool kTransposed>
+inline uint16_t described_element(uint64_t matrix, int outer, int k) {
+  const auto field = [&](int bit) { return static_cast<unsigned>(matrix >> bit & 0x3fff) << 4; };
+  const unsigned start = field(0), leading = field(16), stride = field(32);
+  unsigned offset;
+  if (kTransposed) {
+    offset = outer % 64 * 2 + outer / 64 * leading + k % 8 * 128 + k / 8 * stride;
+  } else {
+    offset = outer % 8 * 128 + outer / 8 * stride + k * 2;
+  }
+  const unsigned at = start + offset;  // of the address, not of the offset, the swizzle takes its bits
+  uint16_t element;
+  std::memcpy(&element, simt::shared_at(at ^ (at >> 7 & 7) << 4, 2), 2);
+  return element;
+}
+
+template <float (*kWiden)(uint16_t), bool kTransposed>
+inline void make_product(const simt::AsyncProduct* threads) {
+  const simt::AsyncProduct& first = threads[0];
+  static float a[64][16], b[16][256];
+  for (int k = 0; k < 16; ++k) {
+    for (int n = 0; n < first.columns; ++n) b[k][n] = kWiden(described_element<kTransposed>(first.b_matrix, n, k));
+    for (int m = 0; m < 64; ++m) {
+      if (first.a == nullptr) {
+        a[m][k] = kWiden(described_element<false>(first.a_matrix, m, k));
+      } else {  // as mma's: register k / 8 * 2 + (row / 8 of the warp's 16)
+        const int row = m % 16, lane = row % 8 * 4 + k % 8 / 2;
+        const unsigned two = threads[m / 16 * 32 + lane].a[k / 8 * 2 + row / 8];
+        a[m][k] = kWiden(k % 2 ? high(two) : low(two));
+      }
+    }
+  }
+  for (int thread = 0; thread < 128; ++thread) {
+    const int lane = thread % 32;
+    for (int i = 0; i < first.columns / 2; ++i) {
+      const int m = thread / 32 * 16 + lane / 4 + i % 4 / 2 * 8, n = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      float sum = first.add ? threads[thread].c[i] : 0.0f;
+      for (int k = 0; k < 16; ++k) sum += a[m][k] * b[k][n];
+      threads[thread].c[i] = sum;
+    }
+  }
+}
+
+inline void check_matrix(uint64_t matrix) {
+  if (matrix >> 62 != 1) throw std::runtime_error("wgmma: the executor knows matrices with the 128-byte swizzle only");
+}
+
+template <float (*kWiden)(uint16_t)>
+inline void start_tiles(const char* name, float (&c)[16][4], uint64_t a, uint64_t b, bool add) {
+  check_matrix(a);
+  check_matrix(b);
+  simt::start_product({name, make_product<kWiden, false>, c[0], nullptr, a, b, 128, add});
+}
+inline void multiply_tiles_bf16(float (&c)[16][4], uint64_t a, uint64_t b, bool add) {
+  start_tiles<f32_of_bf16>("wgmma bf16 of tiles", c, a, b, add);
+}
+inline void multiply_tiles_f16(float (&c)[16][4], uint64_t a, uint64_t b, bool add) {
+  start_tiles<f32_of_f16>("wgmma f16 of tiles", c, a, b, add);
+}
+
+template <float (*kWiden)(uint16_t), int kColumns>
+inline void start_weights(const char* name, float (&c)[kColumns][4], const unsigned (&a)[4], uint64_t b) {
+  check_matrix(b);
+  simt::start_product({name, make_product<kWiden, true>, c[0], a, 0, b, 8 * kColumns, true});
+}
+template <int kColumns>
+inline void multiply_weights_bf16(float (&c)[kColumns][4], const unsigned (&a)[4], uint64_t b) {
+  start_weights<f32_of_bf16>("wgmma bf16 of weights", c, a, b);
+}
+template <int kColumns>
+inline void multiply_weights_f16(float (&c)[kColumns][4], const unsigned (&a)[4], uint64_t b) {
+  start_weights<f32_of_f16>("wgmma f16 of weights", c, a, b);
 }
 
 }  // namespace fastllm::cuda::ptx

@@ -86,6 +86,42 @@ void wait_for_copies(int groups_left);
 
 void check_alignment(const void* address, int bytes);
 
+// Where something lies in this block's shared memory, and back: as many bytes from there on have to be in it.
+unsigned shared_offset(const void* address);
+unsigned char* shared_at(unsigned offset, unsigned bytes);
+
+// A barrier in shared memory whose phase ends when `arrivals` threads and all bytes that they expect have arrived.
+// Waiting for a phase is for the one of that parity: the one under way, or the one before it.
+void init_phases(uint64_t* barrier, int arrivals);
+void arrive(uint64_t* barrier, int bytes);
+void wait_for_phase(uint64_t* barrier, unsigned parity);
+
+// What cuTensorMapEncodeTiled is told, of 16-bit elements. Innermost first; strides in bytes.
+struct TensorMap {
+  const unsigned char* address;
+  int64_t sizes[4], strides[4];
+  int box[4];
+};
+// A box of a tensor, with the 128-byte swizzle and zeros for what is not in the tensor: it arrives at once, or as late
+// as somebody waits for the barrier.
+void copy_box(void* to, const TensorMap& map, uint64_t* barrier, const int (&at)[4]);
+
+// wgmma: what a thread brings. Its registers are read and written when the product is made, at once or as late as its
+// group is waited for; sums that it does not add to are NaN until then.
+struct AsyncProduct {
+  const char* instruction;
+  void (*compute)(const AsyncProduct* threads);
+  float* c;           // columns / 2
+  const unsigned* a;  // 4, or null where a_matrix has it
+  uint64_t a_matrix, b_matrix;
+  int columns;
+  bool add;
+};
+void start_product(const AsyncProduct& mine);
+void fence_registers();
+void commit_products();
+void wait_for_products(int groups_left);
+
 }  // namespace simt
 
 #define threadIdx (::simt::self.thread)

@@ -36,6 +36,20 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def by_warpgroups(q: Tensor, k: Tensor, block_table: Tensor | None, k_scale: Tensor | None) -> bool:
+    """Whether it is prefill that has a kernel with sm_90's matrix instructions, csrc/cuda/attention_prefill_sm90.cu."""
+    prefill = not _decodes(q.shape[2], q.shape[1] // k.shape[1])
+    return prefill and q.shape[3] in (64, 128) and block_table is None and k_scale is None
+
+
+def _lacks_warpgroups(q: Tensor, k: Tensor, block_table: Tensor | None, k_scale: Tensor | None) -> bool:
+    """Whether the GPU has matrix instructions of warp groups, and prefill of this call uses none."""
+    gpu = gpu_of(q.device)
+    compiled = any(name.startswith("90a") for name in _cuda.architectures.split())
+    served = (gpu.major, gpu.minor) == (9, 0) and compiled and by_warpgroups(q, k, block_table, k_scale)
+    return gpu.major in (9, 10) and not served
+
+
 def _tokens(k: Tensor, block_table: Tensor | None) -> int:
     return k.shape[2] if block_table is None else k.shape[2] * block_table.shape[1]
 
@@ -83,7 +97,7 @@ def refuse(
     if not _decodes(T, H // k.shape[1]):
         if k_scale is not None:
             return f"it reads int8 keys for up to {DECODE_ROWS} rows, a query token and head each, of a key/value head"
-        if q.is_cuda and forced_backend() != "cuda" and gpu_of(q.device).major in (9, 10) and _has_triton():
+        if q.is_cuda and forced_backend() != "cuda" and _lacks_warpgroups(q, k, block_table, k_scale) and _has_triton():
             return "its prefill lacks the matrix instructions of warp groups, which Triton's has on this GPU"
     return None
 
