@@ -147,7 +147,8 @@ def quant_matmul(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, a
         TypeError: a dtype other than fp32, bf16, fp16, a bias of another one, or a w that is no QuantizedTensor.
         ValueError: a shape or device that does not match, or an unknown ``activations``.
 
-    Numerics: "float" makes each weight in fp32 and sums in fp32, 128 columns at a time; "int8" sums each group exactly in
+    Numerics: "float" makes each weight in fp32 and sums in fp32, 128 columns at a time (in CUDA C++ it sums integers times x for 32
+    columns, then scales the sum, so that no weight is rounded); "int8" sums each group exactly in
     int32, then groups in fp32. bias is added before the one rounding to x's dtype. An infinity or NaN in a row of x makes
     that row of y NaN or infinite ("int8": NaN throughout). On the CPU a row's bits do not depend on the batch or on the
     number of threads. Gradients to x and bias; the weight has none; "int8" passes the gradient straight through rounding.
