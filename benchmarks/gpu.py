@@ -84,7 +84,12 @@ def main() -> int:
                 print("   ", " ".join(command))
         return 0
     rivals = [str(ROOT / "build/gpu"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, rivals))}
+    number = "{}{}".format(*torch.cuda.get_device_capability())
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, rivals)),
+        "FASTLLM_CUDA": number + ("a" if number in ("90", "100") else ""),  # as PyTorch sees it: nvidia-smi may be missing
+    }
     failed = []
     for step in wanted:
         for command in known[step]:
