@@ -33,9 +33,10 @@ constexpr int kRows = 4, kChains = 12;
 constexpr int64_t kSplit = 128;                 // 32 KiB of K and V at D = 64 in bf16
 constexpr int64_t kAheadKeys = 16;              // asked for before they are wanted
 constexpr int64_t kRun = kWidth == 1 ? 8 : 32;  // one lane has no other lanes to share a sum with
+constexpr int64_t kScoreRun = kWidth == 1 ? 8 : 16;
 
-// p[r][0 .. Keys) = q[r] . k[.] ; rows of q are padded with zeros to whole vectors. Runs of kRun steps are summed by
-// themselves and then added up: the error of a single chain grows with its length.
+// p[r][0 .. Keys) = q[r] . k[.] ; rows of q are padded with zeros to whole vectors. Runs of kScoreRun steps are summed
+// by themselves and then added up: the error of a single chain grows with its length.
 template <int Rows, int Keys, typename T>
 FASTLLM_INLINE void score_tile(const float* q, int64_t wide, const T* k, int64_t k_stride, int64_t D, float* p) {
   constexpr int kSums = (Rows * Keys + 3) / 4 * 4;
@@ -43,7 +44,7 @@ FASTLLM_INLINE void score_tile(const float* q, int64_t wide, const T* k, int64_t
     vf acc[kSums];
 #pragma GCC unroll 32
     for (int i = 0; i < kSums; ++i) acc[i] = zero();
-    const int64_t first = d, whole = least(d + kRun * kWidth, D / kWidth * kWidth);
+    const int64_t first = d, whole = least(d + kScoreRun * kWidth, D / kWidth * kWidth);
     for (; d < whole; d += kWidth) {
 #pragma GCC unroll 4
       for (int j = 0; j < Keys; ++j) {

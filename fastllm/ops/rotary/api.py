@@ -146,7 +146,10 @@ def _prepare_cache(
 
 def _laid_out_like(y: Tensor, x: Tensor) -> Tensor:
     """y with the strides that native.empty_like(x) has (where a size is above 1): the same ones from every backend."""
-    return y.transpose(1, 2).contiguous().transpose(1, 2) if x.stride(1) < x.stride(2) else y.contiguous()
+    # A clone: contiguous() may keep what strides a dim of size 1 has.
+    if x.stride(1) < x.stride(2):
+        return y.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+    return y.clone(memory_format=torch.contiguous_format)
 
 
 def _fake_like(x: Tensor) -> Tensor:
