@@ -110,7 +110,7 @@ def escaped(path: Path) -> str:
 
 # Those of wheels: data centres' and desktops' of the last three generations; PTX for what comes.
 WHEEL_ARCHITECTURES = "80 86 89 90a 100a 120+PTX"
-# No fast-math here either: nvcc's defaults, said aloud. A spilled register is a warning; `make compile` makes it an error.
+# No fast-math here either: nvcc's defaults, said aloud. A spilled register is a warning; `make compile-cuda` makes it an error.
 NVCC_FLAGS = (
     "-std=c++17 -O3 -ftz=false -prec-div=true -prec-sqrt=true --expt-relaxed-constexpr -Xptxas -warn-spills "
     "-Xcompiler -fPIC,-fvisibility=hidden"
@@ -147,8 +147,8 @@ def gpu_architectures() -> list[str]:
 
 
 def cuda_toolkit() -> Toolkit | None:
-    """What compiles the CUDA kernels, and for which GPUs; None, and one sentence why, where they are left out."""
-    wanted = os.environ.get("FASTLLM_CUDA", "auto")
+    """What compiles the CUDA kernels, and for which GPUs; None where they are left out: unwanted, or no nvcc."""
+    wanted = os.environ.get("FASTLLM_CUDA") or "auto"
     if wanted in ("0", "simt"):
         return None
     nvcc = find_nvcc()
@@ -167,8 +167,8 @@ def cuda_toolkit() -> Toolkit | None:
     names = present or WHEEL_ARCHITECTURES.split()
     # The list has no names of one generation alone: sm_90 stands for 90a.
     chosen = [name for name in names if f"sm_{name.removesuffix('+PTX').removesuffix('a')}" in known]
-    if present and chosen != present:
-        raise SystemExit(f"fastllm: the CUDA kernels are to be built for {' '.join(present)}; {nvcc} knows {' '.join(known)}")
+    if not chosen or (present and chosen != present):
+        raise SystemExit(f"fastllm: the CUDA kernels are to be built for {' '.join(names)}; {nvcc} knows {' '.join(known)}")
     if not chosen[-1].endswith("+PTX") and not present:
         chosen[-1] += "+PTX"  # an older nvcc: the newest that it knows
     return Toolkit(nvcc, Path(root[1]).resolve(), chosen)

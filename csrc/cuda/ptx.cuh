@@ -74,13 +74,6 @@ __device__ __forceinline__ unsigned lop3(unsigned a, unsigned b, unsigned c) {
   return result;
 }
 
-// Four products of signed bytes added to an int32. 9.7.1.23, dp4a.s32.s32.
-__device__ __forceinline__ int dp4a(int a, int b, int c) {
-  int result;
-  asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
-  return result;
-}
-
 // 2^x to two roundings, as exp2f, in one instruction where that takes four: a result below 2^-126 is 0.
 // 9.7.3.21, ex2.approx.ftz.f32.
 __device__ __forceinline__ float exp2(float x) {
@@ -101,15 +94,6 @@ __device__ __forceinline__ float reciprocal(float x) {
 __device__ __forceinline__ void make_opaque(unsigned& x) { asm volatile("" : "+r"(x)); }
 
 // ---------------------------------------------------------------- memory
-
-// 16 bytes that nobody reads again: they do not push others out of the first cache. 9.7.9.8, ld.global.nc.
-__device__ __forceinline__ uint4 load_once(const void* from) {
-  uint4 result;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(result.x), "=r"(result.y), "=r"(result.z), "=r"(result.w)
-               : "l"(from));
-  return result;
-}
 
 // 16 bytes from global to shared memory without a register, of which the first valid_bytes are read and the rest are 0.
 // 9.7.9.25.3, cp.async.cg.

@@ -76,11 +76,6 @@ inline unsigned lop3(unsigned a, unsigned b, unsigned c) {
 
 inline int byte(unsigned x, int i) { return static_cast<int8_t>(x >> 8 * i); }
 
-inline int dp4a(int a, int b, int c) {
-  for (int i = 0; i < 4; ++i) c += byte(static_cast<unsigned>(a), i) * byte(static_cast<unsigned>(b), i);
-  return c;
-}
-
 inline float without_denormals(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 inline float exp2(float x) { return without_denormals(std::exp2(x)); }
 inline float reciprocal(float x) { return without_denormals(1.0f / x); }
@@ -88,8 +83,6 @@ inline float reciprocal(float x) { return without_denormals(1.0f / x); }
 inline void make_opaque(unsigned&) {}
 
 // ---------------------------------------------------------------- memory
-
-inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
 
 inline void copy_async_16(void* to, const void* from, int valid_bytes = 16) {
   simt::check_alignment(to, 16);

@@ -167,11 +167,6 @@ template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return simt::shuffle(mask, "__shfl_xor_sync", value, simt::lane() ^ lanes);
 }
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, int lanes) {
-  const int source = simt::lane() + lanes;
-  return simt::shuffle(mask, "__shfl_down_sync", value, source < 32 ? source : simt::lane());
-}
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
   struct Vote {
     bool vote;
@@ -189,14 +184,6 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   return mine.all;
 }
 inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
-inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == mask; }
-
-inline unsigned atomicAdd(unsigned* at, unsigned value) {
-  const unsigned before = *at;
-  *at += value;
-  return before;
-}
-inline void __threadfence() {}
 
 inline float __int_as_float(int bits) {
   float value;
@@ -217,4 +204,3 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
   return result;
 }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }

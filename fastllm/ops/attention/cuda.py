@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ...backends import cuda_module, forced_backend
 from .. import _op
@@ -60,7 +61,9 @@ def _unaligned(x: Tensor) -> str | None:
         return None
     if x.stride(-1) != 1:
         return f"has stride {x.stride(-1)} in its last dim, not 1"
-    if x.data_ptr() % 16:
+    # `explain` asks with tensors that have no memory.
+    address = x.storage_offset() * x.element_size() if isinstance(x, FakeTensor) else x.data_ptr()
+    if address % 16:
         return "lies at one that is not"
     for n, stride in zip(x.shape[:-1], x.stride()):
         if n > 1 and stride * x.element_size() % 16:
