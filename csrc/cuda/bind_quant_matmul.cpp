@@ -31,9 +31,10 @@ QuantMatmulArgs args_of(const TensorView& x, const std::optional<TensorView>& x_
 
 // Integers that somebody else made are read where they lie, 16 bytes at a time.
 void check_integers(const TensorView& x, const TensorView& x_groups, int64_t k, int64_t group_size) {
-  FASTLLM_CHECK(
-      x.dtype == DType::i8 && x.contiguous_from(0) && k % 16 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0,
-      "quant_matmul_int8: x must be contiguous int8 in whole pieces of 16 bytes");
+  const Rows rows = Rows::of(x);
+  FASTLLM_CHECK(x.dtype == DType::i8 && k % 16 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 &&
+                    rows.ndim <= 1 && rows.strides[0] % 16 == 0,
+                "quant_matmul_int8: x must be int8, its rows at one stride and in whole pieces of 16 bytes");
   const int64_t columns = group_size == 32 || group_size == 64 ? group_size : 128;
   FASTLLM_CHECK(x_groups.dtype == DType::f32 && x_groups.contiguous_from(0) &&
                     x_groups.numel() == x.numel() / k * ((k + columns - 1) / columns) * 2,

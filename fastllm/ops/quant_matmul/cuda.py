@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...backends import cuda_module, forced_backend
 from .. import _op
+from .._triton import rows
 
 _cuda: Any = cuda_module()
 
@@ -102,8 +103,9 @@ def refuse_int8(
     reason = refuse(x, data, scale, minimum, bias, n, k, bits, group_size, zero, layout, True)
     if reason is not None:
         return reason
-    if not (x.is_contiguous() and x_groups.is_contiguous()):
-        return "it reads integers and groups that lie in one piece each"
+    at = rows(x)
+    if at is None or at.n1 * at.n2 > 1 or not x_groups.is_contiguous():
+        return "it reads integers whose rows lie at one stride, and groups that lie in one piece"
     return _op.refuse_unless_vectors("integers", x=x)
 
 

@@ -24,11 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...backends import forced_backend
+from ...quant.activations import activation_group
 from .. import _op
 from .._launch import GPU, LaunchTable, warps
 from .._triton import COMPILER, Build, device_of, power_of_two, rows
 from .._triton_kernels import quantized_base, quantized_column, row_start, store_int8_groups
-from .reference import activation_group
 
 FEW = 16  # rows up to which a tile has 16 of them
 ROOMY = 160 << 10  # bytes of shared memory a block: NVIDIA's data centre GPUs have them; the others have 100 KiB, AMD's 64
@@ -224,18 +224,19 @@ def _quantize_fwd_kernel(
 def _quant_matmul_int8_fwd_kernel(
     q_ptr, x_groups_ptr, w_ptr, scale_ptr, minimum_ptr, bias_ptr, y_ptr,
     M, N, K, LINES, GROUPS, STEPS, zero, split_steps,
+    x_n1, x_n2, x_s0, x_s1, x_s2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP_STEPS: tl.constexpr,
     HAS_MINIMUM: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """With u = q - center, an int8, and offset = minimum + (center - zero) * scale, w = u * scale + offset. A step is one group of
     activations xq * sx:  y += sum(u xq) * (scale * sx) + offset * (sx * sum(xq)), the first sum exact in int32.
 
-    Integers are (M, K), a row's groups (STEPS, 2) are scale and sum, as rms_norm_int8 and gated_activation_int8 write them."""
+    Integers are (M, K); groups (M, STEPS, 2) are scale and sum, as rms_norm_int8 and gated_activation_int8 write them."""
     COLUMNS: tl.constexpr = 32 // BITS
     CENTER: tl.constexpr = 1 << (BITS - 1)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_row = q_ptr + (m.to(tl.int64) * K)[None, :]
+    x_row = q_ptr + row_start(m, x_n1, x_n2, x_s0, x_s1, x_s2)[None, :]
     x_groups = x_groups_ptr + m.to(tl.int64) * STEPS * 2
     w_row = w_ptr + quantized_base(n, N, LINES)[:, None] * 4
     scale_row = scale_ptr + quantized_base(n, N, GROUPS)
@@ -345,7 +346,7 @@ def refuse(
     group_size: int,
     zero: int,
     layout: str,
-    int8_activations: bool,
+    *_: object,
 ) -> str | None:
     if x.stride(-1) != 1 and k != 1:
         return "it reads rows whose last dim has stride 1"
@@ -384,10 +385,9 @@ def quant_matmul(
 
 
 def refuse_int8(x: Tensor, x_groups: Tensor, *args: Any) -> str | None:
-    *form, _ = args
-    if not (x.is_contiguous() and x_groups.is_contiguous()):
-        return "it reads integers and groups that lie in one piece each"
-    return refuse(x, *form, True)
+    if not x_groups.is_contiguous():
+        return "it reads groups that lie in one piece"
+    return refuse(x, *args)
 
 
 def quant_matmul_int8(
@@ -514,9 +514,10 @@ def _int8_product(
     x: Tensor, x_groups: Tensor, data: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, y: Tensor,
     N: int, K: int, bits: int, group_size: int, zero: int,
 ) -> None:  # fmt: skip
-    """x: integers (M, K). K: of their rows, which may be padded to whole groups."""
-    group = activation_group(group_size)
-    M, steps = x.numel() // K, triton.cdiv(K, group)
+    """x: integers (..., K). K: of their rows, which may be padded to whole groups."""
+    at, group = rows(x), activation_group(group_size)
+    assert at is not None
+    M, steps = at.count, triton.cdiv(K, group)
     launch = _INT8_LAUNCHES(x.device, _bucket(M), group)
     tiles = triton.cdiv(M, launch["BLOCK_M"]), triton.cdiv(N, launch["BLOCK_N"])
     splits, each = _splits(tiles[0] * tiles[1], steps)
@@ -524,7 +525,7 @@ def _int8_product(
     grid = (*tiles, splits)
     _quant_matmul_int8_fwd_kernel[grid](
         x, x_groups, data, scale, minimum, bias, out,
-        M, N, K, data.shape[1], scale.shape[1], steps, float(zero), each,
+        M, N, K, data.shape[1], scale.shape[1], steps, float(zero), each, *at.args,
         BITS=bits, GROUP_STEPS=0 if scale.shape[1] == 1 else group_size // group,
         HAS_MINIMUM=minimum is not None, HAS_OFFSET=minimum is not None or zero != 1 << bits - 1,
         HAS_BIAS=bias is not None and splits == 1, **launch, **COMPILER,
@@ -610,11 +611,11 @@ def _int8_builds(gpu: GPU, M: int, bits: int, group: int, minimum: bool) -> Iter
         yield Build(
             _quant_matmul_int8_fwd_kernel,
             f"{words} to {y}",
-            {**pointers, "y_ptr": f"*{y}", **numbers, "zero": "fp32"},
+            {**pointers, "y_ptr": f"*{y}", **numbers, "zero": "fp32", **_ROWS},
             form,
             launch,
             matrix=True,
-            aligned=("N", "K", "LINES", "GROUPS", "STEPS"),
+            aligned=("N", "K", "LINES", "GROUPS", "STEPS", "x_s2"),
         )
 
 
