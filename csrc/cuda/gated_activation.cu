@@ -77,7 +77,7 @@ void gated_activation(const GatedActivationArgs& a, Place place) {
     using T = decltype(t);
     if (a.int8.data) {
       FASTLLM_CHECK(in_vectors<T>(a),
-                    "gated_activation: integers are made of rows that lie in whole vectors of 16 bytes");
+                    "gated_activation: it rounds rows that lie in whole pieces of 16 bytes");
       launch_as<T, kPerVector<T>, true>(a, place);
     } else if (in_vectors<T>(a)) {
       launch_as<T, kPerVector<T>, false>(a, place);

@@ -83,13 +83,14 @@ struct Int8Math {
                                                int64_t token) {
     // Tokens past M take the last one's, for nobody. A group past K has none: 0 here, as its integers are.
     const int group = step >> a.x_group_shift;
-    float x_scale[2] = {}, x_sum[2] = {};
+    const bool is_there = group < a.num_x_groups;
+    float x_scale[2], x_sum[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      if (group >= a.num_x_groups) break;
       const int64_t m = token + c < a.M ? token + c : a.M - 1;
-      const float2 x = reinterpret_cast<const float2*>(a.x_groups)[m * a.num_x_groups + group];
-      x_scale[c] = x.x, x_sum[c] = x.x * x.y;
+      const float2 x = reinterpret_cast<const float2*>(a.x_groups)[m * a.num_x_groups + (is_there ? group : 0)];
+      x_scale[c] = is_there ? x.x : 0.0f;
+      x_sum[c] = x_scale[c] * x.y;
     }
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {

@@ -137,7 +137,7 @@ void rms_norm(const RmsNormArgs& a, Place place) {
   const auto body = [&](auto t) {
     using T = decltype(t);
     if (a.int8.data) {
-      FASTLLM_CHECK(in_vectors<T>(a), "rms_norm: integers are made of rows that lie in whole vectors of 16 bytes");
+      FASTLLM_CHECK(in_vectors<T>(a), "rms_norm: it rounds rows that lie in whole pieces of 16 bytes");
       launch_vectors<T, kPerVector<T>, true>(a, place);
     } else if (in_vectors<T>(a)) {
       launch_vectors<T, kPerVector<T>, false>(a, place);

@@ -34,7 +34,7 @@ def refuse_int8(gate: Tensor, up: Tensor | None, *args: object) -> str | None:
         return reason
     if up is None:
         gate, up = gate.chunk(2, -1)
-    return _op.refuse_unless_vectors("the rows of which it makes integers", gate=gate, up=up)
+    return _op.refuse_unless_vectors("the rows that it rounds", gate=gate, up=up)
 
 
 def gated_activation_int8(gate: Tensor, up: Tensor | None, activation: str, group_size: int) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ def rms_norm(
 
 def refuse_int8(x: Tensor, weight: Tensor | None, residual: Tensor | None, *args: object) -> str | None:
     return refuse(x, weight, residual, *args) or _op.refuse_unless_vectors(
-        "the rows of which it makes integers", x=x, weight=weight, residual=residual
+        "the rows that it rounds", x=x, weight=weight, residual=residual
     )
 
 
