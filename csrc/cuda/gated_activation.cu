@@ -4,6 +4,11 @@
 // division an element. Copying is the limit: the division's eight instructions and the exponential make some 20 an
 // element, a third of what a multiprocessor of an H200 can issue in the time that its share of 4.3 TB/s takes.
 // Expected: 92 % of the copy rate.
+//
+// To int8 (int8_groups.cuh), g columns to a scale: I + 8 I / g bytes in place of 2 I. In bf16 with g = 32 that is 5.25
+// I a row; gate and quantising launch by themselves move 9.25 I, and the launch that is not there is 2 us less in a
+// decode step. Instructions are the limit: sm_90's SASS has some 45 an element, where 36 fit in the time that an H200
+// copies its bytes: 65 to 70 % of the copy rate expected, a fifth less time than two launches at 92 %.
 #include "gated_activation.h"
 #include "int8_groups.cuh"
 
@@ -76,8 +81,7 @@ void gated_activation(const GatedActivationArgs& a, Place place) {
   const auto body = [&](auto t) {
     using T = decltype(t);
     if (a.int8.data) {
-      FASTLLM_CHECK(in_vectors<T>(a),
-                    "gated_activation: it rounds rows that lie in whole pieces of 16 bytes");
+      FASTLLM_CHECK(in_vectors<T>(a), "gated_activation: it rounds rows that lie in whole pieces of 16 bytes");
       launch_as<T, kPerVector<T>, true>(a, place);
     } else if (in_vectors<T>(a)) {
       launch_as<T, kPerVector<T>, false>(a, place);

@@ -13,9 +13,9 @@
 // groups of 32 and some 40 in groups of 128, 18 to 26 a dword with the copies' share. Memory is the limit: 80 % of 4.3
 // TB/s expected on large weights, and with more tokens than float activations before the arithmetic shows.
 //
-// Quantising x is a launch of its own, some 2 us, which a small product does not hide, and moves 3 K elements' bytes a
-// token. Where the op before has written integers (rms_norm_int8, gated_activation_int8) there is none: they are read
-// where they lie, and all that the call needs of the workspace is for splits of K.
+// Quantising x is a launch of its own, some 2 us, which a small product does not hide, and in bf16 moves 3 K bytes a
+// token and the groups'. Where the op before has written integers (rms_norm_int8, gated_activation_int8) it is not
+// there: they are read where they lie, and nothing but splits of K needs a workspace.
 #include "int8_groups.cuh"
 #include "quant_matmul_kernel.cuh"
 

@@ -107,7 +107,8 @@ def builds(gpu: GPU) -> Iterator[Build]:
     strides = {f"{t}_{name}": "i32" for t in "gu" for name in ("n1", "n2", "s0", "s1", "s2")}
     for dtype in ("bf16", "fp32"):
         for gelu, group in ((False, 0), (True, 0), (False, 32), (True, 32), (False, 64), (False, 128)):
-            pointers = {"g_ptr": f"*{dtype}", "u_ptr": f"*{dtype}", "y_ptr": "*i8" if group else f"*{dtype}"}
+            # y first: what it is made of tells launches apart.
+            pointers = {"y_ptr": "*i8" if group else f"*{dtype}", "g_ptr": f"*{dtype}", "u_ptr": f"*{dtype}"}
             pointers |= {"groups_ptr": "*fp32"} if group else {}
             yield Build(
                 _gated_activation_fwd_kernel,

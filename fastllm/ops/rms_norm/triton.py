@@ -63,15 +63,10 @@ def _scaled(h, inverse, w_ptr, k, K, offset, HAS_WEIGHT: tl.constexpr, ROUND_FIR
 
 
 @triton.jit
-def _store(y_ptr, groups_ptr, row, first, k, y, inside, K, DTYPE: tl.constexpr, GROUP: tl.constexpr):
-    """y (M, BLOCK) in fp32, columns k = first, first + 1, ...: rounded to DTYPE, and where GROUP is not 0 to int8 after that."""
-    y = y.to(DTYPE)
-    columns = (k < K)[None, :]
-    if GROUP > 0:
-        y = tl.where(columns, y.to(tl.float32), 0.0)
-        store_int8_groups(y_ptr, groups_ptr, row, first, y, inside, K, GROUP)
-    else:
-        tl.store(y_ptr + (row * K)[:, None] + k[None, :], y, mask=inside & columns)
+def _store_int8(y_ptr, groups_ptr, row, first, k, y, inside, K, DTYPE: tl.constexpr, GROUP: tl.constexpr):
+    """y (M, BLOCK) in fp32, columns k = first, first + 1, ...: rounded to DTYPE first."""
+    y = tl.where((k < K)[None, :], y.to(DTYPE).to(tl.float32), 0.0)
+    store_int8_groups(y_ptr, groups_ptr, row, first, y, inside, K, GROUP)
 
 
 @triton.jit
@@ -94,7 +89,10 @@ def _rms_norm_fwd_kernel(
         h = _load_sum(x_ptr, r_ptr, x_at + k[None, :], r_at + k[None, :], mask, HAS_RESIDUAL)
         inverse = _inverse_rms(_squares(h), K, eps)
         y = _scaled(h, inverse, w_ptr, k, K, offset, HAS_WEIGHT, ROUND_FIRST)
-        _store(y_ptr, groups_ptr, row, 0, k, y, inside, K, h.dtype, GROUP)
+        if GROUP > 0:
+            _store_int8(y_ptr, groups_ptr, row, 0, k, y, inside, K, h.dtype, GROUP)
+        else:
+            tl.store(y_ptr + out + k[None, :], y.to(h.dtype), mask=mask)
         if HAS_RESIDUAL:
             tl.store(h_ptr + out + k[None, :], h, mask=mask)
     else:
@@ -109,7 +107,10 @@ def _rms_norm_fwd_kernel(
             mask = inside & (at < K)[None, :]
             h = _load_sum(x_ptr, r_ptr, x_at + at[None, :], r_at + at[None, :], mask, HAS_RESIDUAL)
             y = _scaled(h, inverse, w_ptr, at, K, offset, HAS_WEIGHT, ROUND_FIRST)
-            _store(y_ptr, groups_ptr, row, start, at, y, inside, K, h.dtype, GROUP)
+            if GROUP > 0:
+                _store_int8(y_ptr, groups_ptr, row, start, at, y, inside, K, h.dtype, GROUP)
+            else:
+                tl.store(y_ptr + out + at[None, :], y.to(h.dtype), mask=mask)
             if HAS_RESIDUAL:
                 tl.store(h_ptr + out + at[None, :], h, mask=mask)
 
@@ -198,7 +199,8 @@ def builds(gpu: GPU) -> Iterator[Build]:
     for dtype in ("bf16", "fp32"):
         for K in (64, 4096, 16384, 65536):
             for residual, group in ((False, 0), (True, 0), (False, 32), (True, 32), (True, 64), (True, 128)):
-                pointers = {"x_ptr": f"*{dtype}", "w_ptr": f"*{dtype}", "y_ptr": "*i8" if group else f"*{dtype}"}
+                # y first: what it is made of tells launches apart.
+                pointers = {"y_ptr": "*i8" if group else f"*{dtype}", "x_ptr": f"*{dtype}", "w_ptr": f"*{dtype}"}
                 if residual:
                     pointers |= {"r_ptr": f"*{dtype}", "h_ptr": f"*{dtype}"}
                 if group:
