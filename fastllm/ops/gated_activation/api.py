@@ -103,7 +103,10 @@ _int8 = _op.Op(
     "gated_activation_int8",
     "(Tensor gate, Tensor? up, str activation, int group_size) -> (Tensor, Tensor)",
     fake=_fake_int8,
-    backends=(Backend("reference", _reference_int8, _check.never_refuse),),
+    backends=(
+        Backend("cpu", native.gated_activation_int8, native.refuse),
+        Backend("reference", _reference_int8, _check.never_refuse),
+    ),
     prepare=_prepare,
     no_gradient="integers have none",
     instead="call gated_activation without int8_group and quant_matmul(..., activations='int8') on its result, "

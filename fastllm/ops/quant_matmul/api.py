@@ -170,7 +170,10 @@ _op_int8 = _op.Op(
     "(Tensor x, Tensor x_groups, Tensor data, Tensor scale, Tensor? minimum, Tensor? bias, SymInt n, SymInt k, int bits, "
     "int group_size, int zero, str layout, ScalarType dtype) -> Tensor",
     fake=_fake_int8,
-    backends=(Backend("reference", _reference_int8, _check.never_refuse),),
+    backends=(
+        Backend("cpu", native.quant_matmul_int8, native.refuse_int8),
+        Backend("reference", _reference_int8, _check.never_refuse),
+    ),
     prepare=_prepare,
     no_gradient="integers have none",
     instead="call quant_matmul(..., activations='int8') on what was rounded, which passes gradients straight through rounding",

@@ -142,7 +142,10 @@ _with_residual = _op.Op(
     prepare=_prepare,
     backward=(_setup_context, _backward_residual),
 )
-_BACKENDS_INT8 = (Backend("reference", _reference_int8, _check.never_refuse),)
+_BACKENDS_INT8 = (
+    Backend("cpu", native.rms_norm_int8, native.refuse),
+    Backend("reference", _reference_int8, _check.never_refuse),
+)
 _INSTEAD = (
     "call rms_norm without int8_group and quant_matmul(..., activations='int8') on its result, "
     "which passes gradients straight through rounding"
