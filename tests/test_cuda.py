@@ -16,6 +16,7 @@ from dataclasses import replace
 import pytest
 import torch
 from simt.mutants import MUTANTS, build
+from test_int8_activations import WRITERS, differs
 
 import fastllm
 from fastllm.backends import cuda_executor, cuda_module
@@ -25,7 +26,6 @@ from fastllm.ops._case import Case
 from fastllm.ops._op import OPS
 from fastllm.ops.attention import reference
 from fastllm.ops.attention.cuda import by_warpgroups
-from fastllm.quant import Int8Activations
 
 pytestmark = pytest.mark.skipif(
     not runs_here("cuda"), reason="python tests/native/variant.py simt -m pytest tests/test_cuda.py runs it"
@@ -33,7 +33,6 @@ pytestmark = pytest.mark.skipif(
 on_executor = pytest.mark.skipif(not cuda_executor(), reason="the executor's: it has no GPU's equal")
 
 SEEDS = [int(seed) for seed in os.environ.get("FASTLLM_SIMT_SEEDS", "1 2 3").split()]
-INT8_OUTPUTS = ("rms_norm_int8", "gated_activation_int8")
 
 
 def _long_rows(dtype, K):
@@ -136,26 +135,14 @@ NOT_FINITE = [
 ]
 
 
-def _rounded(spec, inputs):
-    """What an op wrote in int8, and its result in its own dtype rounded afterwards: integers, scales and sums of both."""
-    y = spec.call(**inputs)
-    whole = spec.call(**{name: value for name, value in inputs.items() if name != "int8_group"})
-    y, whole = (t[0] if isinstance(t, tuple) else t for t in (y, whole))
-    return y, Int8Activations.of(whole, y.group_size)
-
-
-def _equal(y, expected):
-    return torch.equal(y.data, expected.data) and torch.equal(y.groups.nan_to_num(7e30), expected.groups.nan_to_num(7e30))
-
-
-@pytest.mark.parametrize(("spec", "case"), [p for p in CASES if p.values[0].op in INT8_OUTPUTS] + NOT_FINITE)
+@pytest.mark.parametrize(("spec", "case"), [p for p in CASES if p.values[0].op in WRITERS] + NOT_FINITE)
 def test_int8_outputs_are_the_result_rounded(spec, case):
     inputs = to_device(case_inputs(spec, case), device_of("cuda"))
     with forced("cuda"):
         why = refusal(spec, inputs, "cuda")
         if why is not None:
             pytest.skip(why)
-        assert _equal(*_rounded(spec, inputs))
+        assert not differs(spec, inputs)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -234,8 +221,8 @@ def _faults(spec, case):
         verdict = run_case(spec, case, device="cpu")
         if not verdict.ok:
             yield verdict.why
-    if spec.op in INT8_OUTPUTS and not _equal(*_rounded(spec, case_inputs(spec, case))):
-        yield "the integers, their scales or sums are not those of the result rounded"
+    if spec.op in WRITERS and (what := differs(spec, case_inputs(spec, case))):
+        yield f"{what} are not those of the result rounded"
 
 
 @on_executor

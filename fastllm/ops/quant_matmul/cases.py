@@ -216,7 +216,7 @@ def _cases_int8() -> list[Case]:
         add("int8 g128 both 6x16x256", 6, 16, 256, bits=8, group_size=128, form="both")
         add("int4 g32 minimum 2x80x4224", 2, 80, 4224, scale_dtype=torch.float32)
         add("int4 g32 zero 40x50x544", 40, 50, 544, form="zero")
-        add("one row, one column 1x1x1", 1, 1, 1, group_size=-1)
+        add("one column 5x1x1", 5, 1, 1, group_size=-1)
         add("short 4x2x5 int8", 4, 2, 5, bits=8, group_size=-1)
         add("no tokens 0x16x64", 0, 16, 64)
         add("strided 6x20x160", 6, 20, 160, strided=True)
