@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from test_int8_activations import WRITERS, differs
 
 import fastllm
@@ -139,8 +138,8 @@ WRONG = [
     (
         "quant_matmul",
         "int8: given rows lie one behind the other",
-        "steps, float(zero), each, *at.args,",
-        "steps, float(zero), each, *at.args[:4], K,",
+        "steps, float(zero), each, at.s2,",
+        "steps, float(zero), each, K,",
     ),
     ("quant_matmul", "int8: the first group's scale for all", "group = step // GROUP_STEPS * 16", "group = 0 * GROUP_STEPS"),
     (

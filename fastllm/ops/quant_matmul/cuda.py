@@ -104,7 +104,7 @@ def refuse_int8(
     if reason is not None:
         return reason
     at = rows(x)
-    if at is None or at.n2 != at.count or not x_groups.is_contiguous():
+    if at is None or not at.evenly or not x_groups.is_contiguous():
         return "it reads integers whose rows lie at one stride, and groups that lie in one piece"
     return _op.refuse_unless_vectors("integers", x=x)
 

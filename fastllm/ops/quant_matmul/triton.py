@@ -223,8 +223,7 @@ def _quantize_fwd_kernel(
 @triton.jit
 def _quant_matmul_int8_fwd_kernel(
     q_ptr, x_groups_ptr, w_ptr, scale_ptr, minimum_ptr, bias_ptr, y_ptr,
-    M, N, K, LINES, GROUPS, STEPS, zero, split_steps,
-    x_n1, x_n2, x_s0, x_s1, x_s2,
+    M, N, K, LINES, GROUPS, STEPS, zero, split_steps, stride_xm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP_STEPS: tl.constexpr,
     HAS_MINIMUM: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -236,7 +235,7 @@ def _quant_matmul_int8_fwd_kernel(
     CENTER: tl.constexpr = 1 << (BITS - 1)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_row = q_ptr + row_start(m, x_n1, x_n2, x_s0, x_s1, x_s2)[None, :]
+    x_row = q_ptr + (m.to(tl.int64) * stride_xm)[None, :]
     x_groups = x_groups_ptr + m.to(tl.int64) * STEPS * 2
     w_row = w_ptr + quantized_base(n, N, LINES)[:, None] * 4
     scale_row = scale_ptr + quantized_base(n, N, GROUPS)
@@ -385,8 +384,9 @@ def quant_matmul(
 
 
 def refuse_int8(x: Tensor, x_groups: Tensor, *args: Any) -> str | None:
-    if not x_groups.is_contiguous():
-        return "it reads groups that lie in one piece"
+    at = rows(x)
+    if at is None or not at.evenly or not x_groups.is_contiguous():
+        return "it reads integers whose rows lie at one stride, and groups that lie in one piece"
     return refuse(x, *args)
 
 
@@ -514,7 +514,7 @@ def _int8_product(
     x: Tensor, x_groups: Tensor, data: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, y: Tensor,
     N: int, K: int, bits: int, group_size: int, zero: int,
 ) -> None:  # fmt: skip
-    """x: integers (..., K). K: of their rows, which may be padded to whole groups."""
+    """x: integers (..., K), rows at one stride. K: of their rows, which may be padded to whole groups."""
     at, group = rows(x), activation_group(group_size)
     assert at is not None
     M, steps = at.count, triton.cdiv(K, group)
@@ -525,7 +525,7 @@ def _int8_product(
     grid = (*tiles, splits)
     _quant_matmul_int8_fwd_kernel[grid](
         x, x_groups, data, scale, minimum, bias, out,
-        M, N, K, data.shape[1], scale.shape[1], steps, float(zero), each, *at.args,
+        M, N, K, data.shape[1], scale.shape[1], steps, float(zero), each, at.s2,
         BITS=bits, GROUP_STEPS=0 if scale.shape[1] == 1 else group_size // group,
         HAS_MINIMUM=minimum is not None, HAS_OFFSET=minimum is not None or zero != 1 << bits - 1,
         HAS_BIAS=bias is not None and splits == 1, **launch, **COMPILER,
@@ -600,7 +600,7 @@ def _int8_builds(gpu: GPU, M: int, bits: int, group: int, minimum: bool) -> Iter
     launch = _shipped_int8(gpu, _bucket(M), step)
     pointers = {"q_ptr": "*i8", "x_groups_ptr": "*fp32", "w_ptr": "*u8", "scale_ptr": "*fp16"}
     pointers |= {"minimum_ptr": "*fp16"} if minimum else {}
-    numbers: dict[str, str] = dict.fromkeys(("N", "K", "LINES", "GROUPS", "STEPS", "split_steps"), "i32") | (
+    numbers: dict[str, str] = dict.fromkeys(("N", "K", "LINES", "GROUPS", "STEPS", "split_steps", "stride_xm"), "i32") | (
         {"M": "i32"} if M > 1 else {}
     )
     form: dict[str, Any] = {"BITS": bits, "GROUP_STEPS": max(group, 0) // step, "HAS_MINIMUM": minimum, "HAS_OFFSET": minimum}
@@ -611,11 +611,11 @@ def _int8_builds(gpu: GPU, M: int, bits: int, group: int, minimum: bool) -> Iter
         yield Build(
             _quant_matmul_int8_fwd_kernel,
             f"{words} to {y}",
-            {**pointers, "y_ptr": f"*{y}", **numbers, "zero": "fp32", **_ROWS},
+            {**pointers, "y_ptr": f"*{y}", **numbers, "zero": "fp32"},
             form,
             launch,
             matrix=True,
-            aligned=("N", "K", "LINES", "GROUPS", "STEPS", "x_s2"),
+            aligned=("N", "K", "LINES", "GROUPS", "STEPS", "stride_xm"),
         )
 
 
