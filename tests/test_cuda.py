@@ -21,7 +21,18 @@ from test_int8_activations import WRITERS, differs
 import fastllm
 from fastllm.backends import cuda_executor, cuda_module
 from fastllm.measure.poison import poisoned as poisoned_outputs
-from fastllm.measure.verify import all_cases, case_inputs, device_of, forced, refusal, run_case, runs_here, to_device, too_slow
+from fastllm.measure.verify import (
+    all_cases,
+    case_inputs,
+    device_of,
+    forced,
+    refusal,
+    results,
+    run_case,
+    runs_here,
+    to_device,
+    too_slow,
+)
 from fastllm.ops._case import Case
 from fastllm.ops._op import OPS
 from fastllm.ops.attention import reference
@@ -199,11 +210,11 @@ def test_bits_do_not_depend_on_the_order_of_threads():
         with forced("cuda"):
             if refusal(spec, case_inputs(spec, case), "cuda") is not None:
                 continue
-            results = []
+            each = []
             for seed in SEEDS:
                 cuda_module().seed(seed)
-                results.append(spec.call(**case_inputs(spec, case)))
-        first, *others = ([y] if isinstance(y, torch.Tensor) else list(y) for y in results)
+                each.append(results(spec.call(**case_inputs(spec, case))))
+        first, *others = each
         for other in others:
             assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, other)), spec.op
 

@@ -225,7 +225,7 @@ def _quant_matmul_int8_fwd_kernel(
     q_ptr, x_groups_ptr, w_ptr, scale_ptr, minimum_ptr, bias_ptr, y_ptr,
     M, N, K, LINES, GROUPS, STEPS, zero, split_steps, stride_xm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP_STEPS: tl.constexpr,
-    HAS_MINIMUM: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr, HAS_MINIMUM: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """With u = q - center, an int8, and offset = minimum + (center - zero) * scale, w = u * scale + offset. A step is one group of
     activations xq * sx:  y += sum(u xq) * (scale * sx) + offset * (sx * sum(xq)), the first sum exact in int32.
@@ -236,7 +236,9 @@ def _quant_matmul_int8_fwd_kernel(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     x_row = q_ptr + (m.to(tl.int64) * stride_xm)[None, :]
-    x_groups = x_groups_ptr + m.to(tl.int64) * STEPS * 2
+    x_groups = x_groups_ptr + tl.program_id(0).to(tl.int64) * BLOCK_M * STEPS * 2
+    # From its block's first: of a wide tile 64-bit addresses would take more registers than there are.
+    x_pair = (tl.arange(0, BLOCK_M) * STEPS * 2)[:, None] + tl.arange(0, 2)[None, :]
     w_row = w_ptr + quantized_base(n, N, LINES)[:, None] * 4
     scale_row = scale_ptr + quantized_base(n, N, GROUPS)
     minimum_row = minimum_ptr + quantized_base(n, N, GROUPS) if HAS_MINIMUM else scale_row
@@ -248,8 +250,9 @@ def _quant_matmul_int8_fwd_kernel(
         if BITS == 4:
             w = (w >> (k // 4 % 2 * 4).to(tl.uint8)[None, :]) & 15
         w = (w.to(tl.int16) - CENTER).to(tl.int8)
-        x = tl.load(x_row + k[:, None], mask=(k < K)[:, None] & (m < M)[None, :], other=0)
-        x_scale = tl.load(x_groups + step * 2, mask=m < M, other=0.0)
+        there = (m < M)[None, :] if EVEN_K else (k < K)[:, None] & (m < M)[None, :]
+        x = tl.load(x_row + k[:, None], mask=there, other=0)
+        x_scale, x_sum = tl.split(tl.load(x_groups + step * 2 + x_pair, mask=(m < M)[:, None], other=0.0))
         group = step // GROUP_STEPS * 16 if GROUP_STEPS else 0
         scale = tl.load(scale_row + group).to(tl.float32)
         acc = tl.fma(tl.dot(w, x).to(tl.float32), scale[:, None] * x_scale[None, :], acc)
@@ -257,8 +260,7 @@ def _quant_matmul_int8_fwd_kernel(
             offset = (CENTER - zero) * scale
             if HAS_MINIMUM:
                 offset += tl.load(minimum_row + group).to(tl.float32)
-            x_sum = x_scale * tl.load(x_groups + step * 2 + 1, mask=m < M, other=0.0)
-            acc = tl.fma(offset[:, None] + tl.zeros_like(acc), x_sum[None, :], acc)
+            acc = tl.fma(offset[:, None] + tl.zeros_like(acc), (x_scale * x_sum)[None, :], acc)
     _store(acc, bias_ptr, y_ptr, m, n, M, N, HAS_BIAS)
 
 
@@ -526,7 +528,7 @@ def _int8_product(
     _quant_matmul_int8_fwd_kernel[grid](
         x, x_groups, data, scale, minimum, bias, out,
         M, N, K, data.shape[1], scale.shape[1], steps, float(zero), each, at.s2,
-        BITS=bits, GROUP_STEPS=0 if scale.shape[1] == 1 else group_size // group,
+        BITS=bits, GROUP_STEPS=0 if scale.shape[1] == 1 else group_size // group, EVEN_K=K % group == 0,
         HAS_MINIMUM=minimum is not None, HAS_OFFSET=minimum is not None or zero != 1 << bits - 1,
         HAS_BIAS=bias is not None and splits == 1, **launch, **COMPILER,
     )  # fmt: skip
@@ -607,12 +609,13 @@ def _int8_builds(gpu: GPU, M: int, bits: int, group: int, minimum: bool) -> Iter
     form |= {"HAS_BIAS": False, "bias_ptr": None} | ({} if minimum else {"minimum_ptr": None})
     form |= {} if M > 1 else {"M": 1}  # the launcher makes an argument of 1 a constant
     words = f"M={M} int{bits} " + (f"g{group}" if group > 0 else "rows") + (" minimum" if minimum else "")
-    for y in ("bf16", "fp32"):  # fp32: partial sums too
+    # fp32: partial sums too. Rows that are one group may end within a group of x.
+    for y, even in (("bf16", True), ("fp32", True), *([("bf16", False)] if group < 0 else [])):
         yield Build(
             _quant_matmul_int8_fwd_kernel,
-            f"{words} to {y}",
+            f"{words} to {y}" + ("" if even else ", K uneven"),
             {**pointers, "y_ptr": f"*{y}", **numbers, "zero": "fp32"},
-            form,
+            {**form, "EVEN_K": even},
             launch,
             matrix=True,
             aligned=("N", "K", "LINES", "GROUPS", "STEPS", "stride_xm"),
