@@ -14,9 +14,10 @@ from .ops import (
     rms_norm,
 )
 from .ops._explain import explain
-from .quant import quantize
+from .quant import Int8Activations, quantize
 
 __all__ = [
+    "Int8Activations",
     "accelerate",
     "apply_rotary",
     "apply_rotary_cache",

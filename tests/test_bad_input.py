@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import fastllm
-from fastllm.quant import QuantizedTensor, quantize_rows
+from fastllm.quant import Int8Activations, QuantizedTensor, quantize_rows
 
 K, N = 64, 32
 X = torch.randn(3, K, generator=torch.Generator().manual_seed(0))
 W = torch.ones(K)
 MATRIX = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
 Q = fastllm.quantize(MATRIX, bits=4, group_size=32)
+R = Int8Activations.of(X, 32)
 HEADS, KEYS = torch.randn(2, 4, 5, 32), torch.randn(2, 2, 5, 32)
 COS = torch.randn(1, 5, 32)
 CACHE = torch.zeros(2, 2, 8, 32)
@@ -62,6 +64,9 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: norm(X, W, "1e-6"), TypeError, "rms_norm: eps is a str"),
     (lambda: norm(X, W, offset=math.nan), ValueError, "rms_norm: offset is nan"),
     (lambda: norm(X, W, rounding="qwen"), ValueError, "rms_norm: rounding is 'qwen'"),
+    (lambda: norm(X, W, int8_group=16), ValueError, "rms_norm: int8_group is 16, expected None, 32, 64 or 128"),
+    (lambda: norm(X, W, int8_group="32"), TypeError, "rms_norm: int8_group is a str"),
+    (lambda: norm(X, W, int8_group=True), TypeError, "rms_norm: int8_group is a bool"),
     # ---------------------------------------------------------------- apply_rotary
     (lambda: rotary(HEADS, KEYS.half(), COS, COS), TypeError, "apply_rotary: k has dtype torch.float16"),
     (lambda: rotary(HEADS[0], KEYS, COS, COS), ValueError, "apply_rotary: q has shape (4, 5, 32)"),
@@ -164,6 +169,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: gate(X, X, activation="relu"), ValueError, "gated_activation: activation is 'relu'"),
     (lambda: gate(X.long(), X), TypeError, "gated_activation: gate has dtype torch.int64"),
     (lambda: gate("x", X), TypeError, "gated_activation: gate is a str"),
+    (lambda: gate(X, X, int8_group=-1), ValueError, "gated_activation: int8_group is -1, expected None, 32, 64 or 128"),
     # ---------------------------------------------------------------- quantize, quant_matmul, embedding
     (lambda: quantize(MATRIX, bits=3), ValueError, "quantize: bits is 3"),
     (lambda: quantize(MATRIX, bits="4"), ValueError, "quantize: bits is '4'"),
@@ -182,6 +188,17 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: matmul(X, Q, torch.zeros(5)), ValueError, "quant_matmul: bias has shape (5,)"),
     (lambda: matmul(X, Q, torch.zeros(N).half()), TypeError, "quant_matmul: bias has dtype torch.float16"),
     (lambda: matmul(X, Q, activations="int4"), ValueError, "quant_matmul: activations is 'int4'"),
+    (lambda: matmul(R, MATRIX), TypeError, "quant_matmul: w is a Tensor"),
+    (lambda: matmul(R, Q, activations="int4"), ValueError, "quant_matmul: activations is 'int4'"),
+    (lambda: matmul(norm(X, W, int8_group=128), Q), ValueError, "quant_matmul: group_size of x is 128, expected 32"),
+    (lambda: matmul(norm(X[:, :32], None, int8_group=32), Q), ValueError, "quant_matmul: x has shape (3, 32)"),
+    (lambda: matmul(R, Q, torch.zeros(N).half()), TypeError, "quant_matmul: bias has dtype torch.float16"),
+    (lambda: matmul(replace(R, dtype=torch.float64), Q), TypeError, "quant_matmul: x has dtype torch.float64"),
+    (lambda: matmul(replace(R, data=R.data.short()), Q), TypeError, "quant_matmul: x.data has dtype torch.int16"),
+    (lambda: matmul(replace(R, groups=R.groups.half()), Q), TypeError, "quant_matmul: x.groups has dtype torch.float16"),
+    (lambda: matmul(replace(R, groups=R.groups[..., :1]), Q), ValueError, "quant_matmul: x.groups has shape (3, 2, 1)"),
+    (lambda: matmul(replace(R, groups=None), Q), TypeError, "quant_matmul: x.groups is a NoneType"),
+    (lambda: matmul(R.to("meta"), Q), ValueError, "quant_matmul: w is on cpu, expected meta"),
     (
         lambda: QuantizedTensor.make(Q.data, Q.scale, Q.minimum, zero=16, shape=(N, K), bits=4, group_size=32),
         ValueError,

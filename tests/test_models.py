@@ -334,6 +334,23 @@ def test_a_replayed_step_gives_the_bits_of_a_computed_one(name, activations, tmp
     assert computed._replay is None
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_results_change_no_bit(name, bits, dtype, tmp_path, monkeypatch):
+    """Norms and gates that write int8 give the logits of products that round what they read."""
+    save(ARCHITECTURES[name], tmp_path)
+    model = fastllm.load(tmp_path, weights=f"int{bits}", group_size=32, activations="int8", dtype=dtype)
+    ids, asked = ids_of(2, 23), []
+    rms_norm = fastllm.ops.rms_norm
+    monkeypatch.setattr(fastllm.ops, "rms_norm", lambda *a, **k: asked.append(k.get("int8_group")) or rms_norm(*a, **k))
+    logits = model.logits(ids)
+    assert asked.count(32) == 2 * SMALL["num_hidden_layers"]
+    plain = model.llama.hidden_states(ids, model.llama.new_cache(2, 23))  # with gradients on, nothing is written in int8
+    assert asked.count(32) == 2 * SMALL["num_hidden_layers"]
+    assert logits.equal(model.llama.head(plain))
+
+
 def all_quantised(folder, activations, bits=4):
     """A model whose every matrix is quantised, so that no product is PyTorch's."""
     from fastllm.quant import quantize

@@ -24,11 +24,11 @@ from fastllm.ops._op import OPS
 LARGE = 256 << 10  # bytes of a case's inputs: these tests are about doors, not about numbers
 
 
-def _bytes(value):
-    tensors = (
+def _tensors(value):
+    """Itself, or those of a quantised weight or of int8 activations."""
+    return (
         [value] if isinstance(value, Tensor) else [v for v in getattr(value, "__dict__", {}).values() if isinstance(v, Tensor)]
     )
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _collect():
@@ -39,8 +39,9 @@ def _collect():
             if case.bench or case.dtype == torch.float16:
                 continue
             inputs = case_inputs(spec, case)
-            size = sum(map(_bytes, inputs.values()))
-            empty = any(isinstance(v, Tensor) and v.numel() == 0 for v in inputs.values())
+            tensors = [t for value in inputs.values() for t in _tensors(value)]
+            size = sum(t.numel() * t.element_size() for t in tensors)
+            empty = any(t.numel() == 0 for t in tensors)
             if size > LARGE:
                 continue
             for op, args in ops_reached(spec.call, (), inputs):

@@ -49,6 +49,17 @@ void launch(const char* kernel, Call call) {
   call();
 }
 
+// Where the scales and sums of an int8 result y (..., K) go: (..., G, 2).
+inline float* int8_groups(const char* op, const TensorView& y, const TensorView& groups, int64_t group_size) {
+  FASTLLM_CHECK(group_size == 32 || group_size == 64 || group_size == 128, op, ": group_size is ", group_size,
+                ", expected 32, 64 or 128");
+  const int64_t K = y.size(-1), rows = K ? y.numel() / K : 0, num_groups = (K + group_size - 1) / group_size;
+  FASTLLM_CHECK(y.dtype == DType::i8 && groups.dtype == DType::f32 && groups.contiguous_from(0) &&
+                    groups.numel() == rows * num_groups * 2,
+                op, ": y must be int8, and groups contiguous float32 (..., ", num_groups, ", 2)");
+  return groups.as<float>();
+}
+
 // Which entry points exist: `module.kernels["rms_norm"]()` names the rung that would serve now.
 template <typename Args>
 void declare_rungs(py::module_& m, const char* kernel, const KernelTable<Args>& table) {

@@ -2,9 +2,12 @@
 //
 // Bytes an element: two read, one written. Flops: about 25 (an exponential, a division). In fp32 memory limits it; in
 // 16 bits arithmetic comes near, so several vectors are in flight at once to hide the latency of the polynomial.
+//
+// y may be rounded to int8 on the way (quantize.h): some columns of it at a time stand in L1, rounded to dtype first.
 #include "gated_activation.h"
 
 #include "parallel.h"
+#include "quantize.h"
 #include "simd/simd.h"
 
 namespace fastllm::cpu::FASTLLM_ISA {
@@ -39,6 +42,18 @@ FASTLLM_INLINE void gated_row(const T* gate, const T* up, T* y, int64_t I) {
   if (i < I) store_n(y + i, gated<Act>(load_n(gate + i, I - i), load_n(up + i, I - i)), I - i);
 }
 
+template <typename Act, typename T>
+FASTLLM_INLINE void gated_row_int8(const T* gate, const T* up, int8_t* y, float* groups, int64_t I,
+                                   int64_t group_size) {
+  constexpr int64_t kColumns = 1024;  // whole groups
+  T values[kColumns];
+  for (int64_t i = 0; i < I; i += kColumns) {
+    const int64_t n = I - i < kColumns ? I - i : kColumns;
+    gated_row<Act>(gate + i, up + i, values, n);
+    quantize_groups(values, n, group_size, y + i, groups + 2 * (i / group_size));
+  }
+}
+
 // A row is cut into pieces of this many lanes, so that the one wide row of a decode step can feed several threads.
 constexpr int64_t kPiece = 8192;
 
@@ -46,9 +61,15 @@ template <typename Act, typename T>
 void gated_pieces(const GatedActivationArgs& a, int64_t pieces_a_row, int64_t begin, int64_t end) {
   for (int64_t piece = begin; piece < end; ++piece) {
     const int64_t row = piece / pieces_a_row, i = (piece - row * pieces_a_row) * kPiece;
-    gated_row<Act>(static_cast<const T*>(a.gate) + row_offset(a.gate_rows, row) + i,
-                   static_cast<const T*>(a.up) + row_offset(a.up_rows, row) + i, static_cast<T*>(a.y) + row * a.I + i,
-                   a.I - i < kPiece ? a.I - i : kPiece);
+    const T* gate = static_cast<const T*>(a.gate) + row_offset(a.gate_rows, row) + i;
+    const T* up = static_cast<const T*>(a.up) + row_offset(a.up_rows, row) + i;
+    const int64_t at = row * a.I + i, n = a.I - i < kPiece ? a.I - i : kPiece;
+    if (a.groups) {
+      float* groups = a.groups + 2 * (row * ((a.I + a.group_size - 1) / a.group_size) + i / a.group_size);
+      gated_row_int8<Act>(gate, up, static_cast<int8_t*>(a.y) + at, groups, n, a.group_size);
+    } else {
+      gated_row<Act>(gate, up, static_cast<T*>(a.y) + at, n);
+    }
   }
 }
 

@@ -178,22 +178,5 @@ void store_rows(const QuantMatmulArgs& a, int64_t first, int64_t rows, int64_t b
   }
 }
 
-template <typename T>
-FASTLLM_INLINE void load_columns(const T* x, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += kWidth) {
-    const int64_t left = count - i;
-    store(out + i, left >= kWidth ? load(x + i) : load_n(x + i, left));
-  }
-}
-
-// x[row, k ...] as floats, zeros from `count` to `padded`.
-void load_row(const QuantMatmulArgs& a, int64_t row, int64_t k, int64_t count, int64_t padded, float* out) {
-  const int64_t at = row_offset(a.x_rows, row) + k;
-  for (int64_t i = count; i < padded; ++i) out[i] = 0.0f;
-#define FASTLLM_BODY(T) load_columns(static_cast<const decltype(T)*>(a.x) + at, count, out)
-  FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
-#undef FASTLLM_BODY
-}
-
 }  // namespace
 }  // namespace fastllm::cpu::FASTLLM_ISA

@@ -12,14 +12,15 @@
 namespace fastllm::cpu {
 
 struct QuantMatmulArgs {
-  const void* x;        // (M, K), row starts at x_rows
-  const uint8_t* data;  // (blocks, lines, 64)
-  const void* scale;    // (blocks, G, 16)
-  const void* minimum;  // like scale, or null
-  const void* bias;     // (N) or null
-  void* y;              // (M, N) contiguous
-  DType dtype;          // of x, bias and y
-  DType scale_dtype;    // of scale and minimum
+  const void* x;          // (M, K), row starts at x_rows; int8 if x_groups is there
+  const float* x_groups;  // (M, G, 2): scales and sums of x's integers; or null
+  const uint8_t* data;    // (blocks, lines, 64)
+  const void* scale;      // (blocks, G, 16)
+  const void* minimum;    // like scale, or null
+  const void* bias;       // (N) or null
+  void* y;                // (M, N) contiguous
+  DType dtype;            // of y, bias and a float x
+  DType scale_dtype;      // of scale and minimum
   Rows x_rows;
   int64_t M, N, K, group_size;
   int bits, zero, threads;

@@ -257,6 +257,23 @@ FASTLLM_INLINE Place place_of(int64_t token, int64_t tokens) {
   }
 }
 
+template <typename T>
+FASTLLM_INLINE void load_columns(const T* x, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += kWidth) {
+    const int64_t left = count - i;
+    store(out + i, left >= kWidth ? load(x + i) : load_n(x + i, left));
+  }
+}
+
+// x[row, k ...] as floats, zeros from `count` to `padded`.
+void load_row(const QuantMatmulArgs& a, int64_t row, int64_t k, int64_t count, int64_t padded, float* out) {
+  const int64_t at = row_offset(a.x_rows, row) + k;
+  for (int64_t i = count; i < padded; ++i) out[i] = 0.0f;
+#define FASTLLM_BODY(T) load_columns(static_cast<const decltype(T)*>(a.x) + at, count, out)
+  FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
+#undef FASTLLM_BODY
+}
+
 // Segments, in them tiles, in them columns in order of rank, in them tokens.
 template <int kBits>
 void spread_token(const QuantMatmulArgs& a, int64_t row, int64_t token, int64_t tokens, float* out) {

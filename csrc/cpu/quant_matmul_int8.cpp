@@ -1,13 +1,12 @@
 // y = x w^T with activations quantised to int8, symmetric, a scale for each token and group of columns.
 //
-//   amax = max|x| of the group; scale = amax / 127; xq = round_half_even(x * (127 / amax)), all in fp32
+//   scale_x, xq: as quantize.h makes them, or as a norm or gate has made them with it
 //   y[m, n] = sum over groups of scale_x * (scale_w * sum((q - center) * xq)) + offset * (scale_x * sum(xq))
 //   offset = minimum + (center - zero) * scale_w
 //
 // The inner sums are exact integers. They count q from the middle of its range (center = 8 or 128): counted from 0, the
-// two terms would be large and cancel wherever activations have a mean. A group whose amax is below 2^-100 counts as
-// zero (127 / amax must be finite); one that holds an infinity or a NaN gets the scale NaN, and so does every output of
-// its row.
+// two terms would be large and cancel wherever activations have a mean. A group that holds an infinity or a NaN has the
+// scale NaN, and so gets every output of its row.
 //
 // Cost: N K bits / 8 bytes of weights, plus scales, once for every kMaxTokens tokens; 2 M N K integer operations. With
 // few tokens reading the weights is the limit. With many it is the multiplier: a step of 4-bit weights is two
@@ -19,6 +18,7 @@
 
 #include "parallel.h"
 #include "quant_lines.h"
+#include "quantize.h"
 
 namespace fastllm::cpu::FASTLLM_ISA {
 namespace {
@@ -140,50 +140,42 @@ FASTLLM_INLINE int32_t start_of(int32_t total, int64_t group_size) {
   return -kCenter<kBits> * total;
 }
 
-// Quantises one token. out: whole segments, `segment_stride` bytes apart; groups: one for each `group_size` columns.
+// One token's integers, which may be given. out: whole segments, `segment_stride` bytes apart; groups: one for each
+// `group_size` columns.
 template <int kBits>
 void quantize_token(const QuantMatmulArgs& a, int64_t token, int64_t group_size, int8_t* out, int64_t segment_stride,
                     ActivationGroup* groups) {
-  constexpr int kBytes = kWideActivations<kBits> ? 2 : 1;
-  alignas(64) float values[128];
-  alignas(64) int32_t integers[128];
-  for (int64_t k = 0; k < a.K; k += group_size) {
-    const int64_t count = a.K - k < group_size ? a.K - k : group_size, padded = padded_k(count);
-    load_row(a, token, k, count, padded, values);
-    // Bits of |x| order like the values, with infinities and NaN on top.
-    vi largest = set1_int(0);
-    for (int64_t i = 0; i < padded; i += kWidth) {
-      largest = max(largest, bits_of(load(values + i)) & set1_int(0x7fffffff));
-    }
-    const int32_t amax_bits = reduce_max(largest);
-    float amax, scale = 0.0f, inverse = 0.0f;
-    std::memcpy(&amax, &amax_bits, sizeof amax);
-    if (amax_bits >= 0x7f800000) {
-      scale = __builtin_nanf("");
-    } else if (amax >= 0x1p-100f) {
-      scale = amax / 127.0f;
-      inverse = 127.0f / amax;
-    }
-    vi sum = set1_int(0);
-    const bool finite = scale == scale;
-    for (int64_t i = 0; i < padded; i += kWidth) {
-      const vi q = finite ? to_int(load(values + i) * set1(inverse)) : set1_int(0);
-      store_int(integers + i, q);
-      sum = sum + q;
-    }
-    const int32_t total = reduce_add(sum);
-    *groups++ = {scale, scale * static_cast<float>(total), start_of<kBits>(total, group_size)};
-    int8_t* to = out + k / kInt8Segment * segment_stride + k % kInt8Segment * kBytes;
-    if constexpr (kBytes == 2) {  // even columns stand in the low halves of the weights' dwords, odd ones in the high
-      int16_t* wide = reinterpret_cast<int16_t*>(to);
-      for (int64_t i = 0; i < padded; i += 4) {
-        wide[i] = static_cast<int16_t>(integers[i]);
-        wide[i + 1] = static_cast<int16_t>(integers[i + 2]);
-        wide[i + 2] = static_cast<int16_t>(integers[i + 1]);
-        wide[i + 3] = static_cast<int16_t>(integers[i + 3]);
-      }
+  const int64_t x_at = row_offset(a.x_rows, token), token_groups = (a.K + group_size - 1) / group_size;
+  for (int64_t k = 0; k < a.K; k += kInt8Segment, out += segment_stride) {
+    const int64_t count = a.K - k < kInt8Segment ? a.K - k : kInt8Segment, padded = padded_k(count);
+    alignas(64) int8_t bytes[kInt8Segment];
+    int8_t* q = kWideActivations<kBits> ? bytes : out;
+    float found[2 * kMaxGroups];
+    const float* of = found;
+    if (a.x_groups) {
+      std::memcpy(q, static_cast<const int8_t*>(a.x) + x_at + k, static_cast<size_t>(count));
+      of = a.x_groups + 2 * (token * token_groups + k / group_size);
     } else {
-      for (int64_t i = 0; i < padded; ++i) to[i] = static_cast<int8_t>(integers[i]);
+#define FASTLLM_BODY(T) quantize_groups(static_cast<const decltype(T)*>(a.x) + x_at + k, count, group_size, q, found)
+      FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
+#undef FASTLLM_BODY
+    }
+    std::memset(q + count, 0, static_cast<size_t>(padded - count));
+    for (int64_t g = 0; g < (count + group_size - 1) / group_size; ++g) {
+      const float scale = of[2 * g], sum = of[2 * g + 1];
+      // Given sums may be anything; true ones are far from where a conversion has no result.
+      const int32_t total = __builtin_fabsf(sum) <= 0x1p20f ? static_cast<int32_t>(sum) : 0;
+      *groups++ = {scale, scale * sum, start_of<kBits>(total, group_size)};
+    }
+    if constexpr (kWideActivations<kBits>) {
+      // Even columns stand in the low halves of the weights' dwords, odd ones in the high.
+      int16_t* wide = reinterpret_cast<int16_t*>(out);
+      for (int64_t i = 0; i < padded; i += 4) {
+        wide[i] = bytes[i];
+        wide[i + 1] = bytes[i + 2];
+        wide[i + 2] = bytes[i + 1];
+        wide[i + 3] = bytes[i + 3];
+      }
     }
   }
 }

@@ -1,11 +1,14 @@
 // y = x / sqrt(mean(x^2) + eps) * (weight + offset), for each row; with a residual, x + residual is normed and returned
 // too.
 //
+// y may be rounded to int8 on the way (quantize.h): a piece of it at a time stands in L1, rounded to dtype first.
+//
 // Bytes a row: read K (and K of the residual), write K (and K of the sum). The second pass reads what the first has
 // just put into L1 (rows up to 8k floats), so memory sees one pass.
 #include "rms_norm.h"
 
 #include "parallel.h"
+#include "quantize.h"
 #include "simd/simd.h"
 
 namespace fastllm::cpu::FASTLLM_ISA {
@@ -59,13 +62,34 @@ FASTLLM_INLINE vf norm_and_weigh(vf x, vf scale, vf weight, bool round_before_we
   return normed * weight;
 }
 
+// y[0 .. n) of a row that has been summed.
+template <typename T>
+FASTLLM_INLINE void norm_columns(const RmsNormArgs& a, const T* x, const T* weight, vf scale, T* y, int64_t n) {
+  const vf offset = set1(a.offset), one = set1(1.0f);
+  int64_t k = 0;
+  for (; k + 2 * kWidth <= n; k += 2 * kWidth) {
+    pair w{one, one};
+    if (weight) {
+      w = load_pair(weight + k);
+      w = {w.first + offset, w.second + offset};
+    }
+    const pair h = load_pair(x + k);
+    store_clean(y + k, pair{norm_and_weigh<T>(h.first, scale, w.first, a.round_before_weight),
+                            norm_and_weigh<T>(h.second, scale, w.second, a.round_before_weight)});
+  }
+  for (; k < n; k += kWidth) {
+    const int64_t left = n - k < kWidth ? n - k : kWidth;
+    const vf w = weight ? load_n(weight + k, left) + offset : one;
+    store_n(y + k, norm_and_weigh<T>(load_n(x + k, left), scale, w, a.round_before_weight), left);
+  }
+}
+
 template <typename T>
 void rms_norm_rows(const RmsNormArgs& a, int64_t begin, int64_t end) {
   const T* weight = static_cast<const T*>(a.weight);
   const int64_t K = a.K;
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(a.x) + row_offset(a.x_rows, row);
-    T* y = static_cast<T*>(a.y) + row * K;
     if (a.residual) {
       T* sum = static_cast<T*>(a.sum) + row * K;
       add_row(x, static_cast<const T*>(a.residual) + row_offset(a.residual_rows, row), sum, K);
@@ -73,22 +97,17 @@ void rms_norm_rows(const RmsNormArgs& a, int64_t begin, int64_t end) {
     }
     const double mean = sum_of_squares(x, K) / static_cast<double>(K);
     const vf scale = set1(static_cast<float>(1.0 / __builtin_sqrt(mean + static_cast<double>(a.eps))));
-    const vf offset = set1(a.offset), one = set1(1.0f);
-    int64_t k = 0;
-    for (; k + 2 * kWidth <= K; k += 2 * kWidth) {
-      pair w{one, one};
-      if (weight) {
-        w = load_pair(weight + k);
-        w = {w.first + offset, w.second + offset};
-      }
-      const pair h = load_pair(x + k);
-      store_clean(y + k, pair{norm_and_weigh<T>(h.first, scale, w.first, a.round_before_weight),
-                              norm_and_weigh<T>(h.second, scale, w.second, a.round_before_weight)});
+    if (!a.groups) {
+      norm_columns(a, x, weight, scale, static_cast<T*>(a.y) + row * K, K);
+      continue;
     }
-    for (; k < K; k += kWidth) {
-      const int64_t n = K - k < kWidth ? K - k : kWidth;
-      const vf w = weight ? load_n(weight + k, n) + offset : one;
-      store_n(y + k, norm_and_weigh<T>(load_n(x + k, n), scale, w, a.round_before_weight), n);
+    constexpr int64_t kPiece = 1024;  // whole groups
+    T y[kPiece];
+    float* groups = a.groups + row * 2 * ((K + a.group_size - 1) / a.group_size);
+    for (int64_t k = 0; k < K; k += kPiece) {
+      const int64_t n = K - k < kPiece ? K - k : kPiece;
+      norm_columns(a, x + k, weight ? weight + k : nullptr, scale, y, n);
+      quantize_groups(y, n, a.group_size, static_cast<int8_t*>(a.y) + row * K + k, groups + 2 * (k / a.group_size));
     }
   }
 }

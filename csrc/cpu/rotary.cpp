@@ -13,6 +13,7 @@
 
 #include "../rows.h"
 #include "parallel.h"
+#include "quantize.h"
 #include "simd/simd.h"
 
 namespace fastllm::cpu::FASTLLM_ISA {
@@ -90,30 +91,6 @@ FASTLLM_INLINE void turn_row(const RotaryArgs& a, bool rotated, const X* x, Y* y
   if (a.R < a.D) copy_lanes(x + a.R, y + a.R, a.D - a.R);
 }
 
-// x[0 .. n) as int8, and its scale; a row that holds an infinity or a NaN gets the scale NaN, so that whoever reads it
-// notices.
-FASTLLM_INLINE float quantize_row(const float* x, int64_t n, int8_t* q) {
-  vf largest = zero(), poison = zero();
-  for (int64_t i = 0; i < n; i += kWidth) {
-    const vf a = n - i < kWidth ? load_n(x + i, n - i) : load(x + i);
-    largest = max(max(a, zero() - a), largest);
-    poison = fmadd(a, zero(), poison);  // infinity times 0 is NaN
-  }
-  const float amax = reduce_max(largest);
-  const bool finite = reduce_add(poison) == 0.0f, usable = finite && amax >= 0x1p-100f;  // else 127 / amax overflows
-  const vf inverse = set1(usable ? 127.0f / amax : 0.0f);
-  for (int64_t i = 0; i < n; i += kWidth) {
-    if (!usable) {
-      std::memset(q + i, 0, static_cast<size_t>(n - i < kWidth ? n - i : kWidth));
-    } else if (n - i < kWidth) {
-      store_n(q + i, load_n(x + i, n - i) * inverse, n - i);
-    } else {
-      store(q + i, load(x + i) * inverse);
-    }
-  }
-  return usable ? amax / 127.0f : finite ? 0.0f : __builtin_nanf("");
-}
-
 // One head of one token.
 template <typename X, typename C, typename Y>
 FASTLLM_INLINE void rotary_row(const RotaryArgs& a, const RotaryTensor& tensor, int64_t b, int64_t h, int64_t t) {
@@ -125,7 +102,7 @@ FASTLLM_INLINE void rotary_row(const RotaryArgs& a, const RotaryTensor& tensor, 
     float wide[kMaxInt8Row];
     turn_row<X, C>(a, tensor.rotated, x, wide, b, t);
     const int64_t* at = tensor.scale_strides;
-    tensor.scale[b * at[0] + h * at[1] + row * at[2]] = quantize_row(wide, a.D, y);
+    tensor.scale[b * at[0] + h * at[1] + row * at[2]] = quantize_group(wide, a.D, y).scale;
   } else {
     turn_row<X, C>(a, tensor.rotated, x, y, b, t);
   }

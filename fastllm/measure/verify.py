@@ -22,6 +22,7 @@ from ..errors import value_error
 from ..ops._case import Case, OpCases
 from ..ops._explain import ops_reached
 from ..ops._triton import interpreting
+from ..quant.activations import Int8Activations
 from .check import Verdict, check
 from .poison import poisoned
 
@@ -48,6 +49,7 @@ __all__ = [
     "to_device",
     "to_float64",
     "too_slow",
+    "values",
     "verify_case",
 ]
 
@@ -152,7 +154,9 @@ def case_inputs(spec: OpCases, case: Case) -> dict[str, Any]:
 
 
 def to_float64(value: Any) -> Any:
-    """Floating-point tensors widened, exactly; everything else as it is."""
+    """Floating-point tensors widened, exactly, and what is computed of int8 activations; everything else as it is."""
+    if isinstance(value, Int8Activations):
+        return replace(value, dtype=torch.float64)
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -162,8 +166,15 @@ def to_device(inputs: dict[str, Any], device: str) -> dict[str, Any]:
 
 
 def results(value: Any) -> tuple[Tensor, ...]:
-    """An op's result or results, as a tuple."""
-    return value if isinstance(value, tuple) else (value,)
+    """An op's result or results as a tuple of tensors: of int8 activations integers and groups."""
+    parts = value if isinstance(value, tuple) else (value,)
+    return tuple(t for part in parts for t in ((part.data, part.groups) if isinstance(part, Int8Activations) else (part,)))
+
+
+def values(value: Any) -> tuple[Tensor, ...]:
+    """What the tolerance rule is held to: the results, and what int8 activations stand for, in fp32."""
+    parts = value if isinstance(value, tuple) else (value,)
+    return tuple(part.dequantize(torch.float32) if isinstance(part, Int8Activations) else part for part in parts)
 
 
 def copied(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -199,8 +210,8 @@ def expected(spec: OpCases, case: Case) -> Expected:
     if key not in _expected:
         inputs = to_device(case_inputs(spec, case), "cuda" if case.gpu else "cpu")
         with torch.no_grad():
-            reference = results(spec.reference(**{k: to_float64(v) for k, v in copied(inputs).items()}))
-            theirs = results(spec.torch(**copied(inputs)))
+            reference = values(spec.reference(**{k: to_float64(v) for k, v in copied(inputs).items()}))
+            theirs = values(spec.torch(**copied(inputs)))
         while len(_expected) >= 4:
             del _expected[next(iter(_expected))]
         _expected[key] = Expected(inputs, reference, theirs)
@@ -214,7 +225,7 @@ def run_case(spec: OpCases, case: Case, call: Callable[..., Any] | None = None, 
     """
     known = expected(spec, case)
     with torch.no_grad():
-        got = results((call or spec.call)(**to_device(copied(known.inputs), device)))
+        got = values((call or spec.call)(**to_device(copied(known.inputs), device)))
     if len(got) != len(known.reference):
         return Verdict.failed(f"{len(got)} results, expected {len(known.reference)}")
     verdicts = [check(y.to(r.device), r, p, factor=case.factor) for y, r, p in zip(got, known.reference, known.torch)]
@@ -386,5 +397,5 @@ def mutants(op: str) -> tuple[Mutant, ...]:
 
 
 def _rounded(wrong: Callable[..., Any], known: Expected, **inputs: Any) -> tuple[Tensor, ...]:
-    got = results(wrong(**{k: to_float64(v) for k, v in inputs.items()}))
+    got = values(wrong(**{k: to_float64(v) for k, v in inputs.items()}))
     return tuple(y.to(p.dtype) if y.is_floating_point() else y for y, p in zip(got, known.torch))

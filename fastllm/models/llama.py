@@ -17,7 +17,7 @@ from .. import ops as fused_ops
 from ..nn.cache import CachedLayer, KVCache, Places
 from ..nn.rope import RopeTables
 from ..ops.attention.native import DECODE_ROWS
-from ..quant import QuantizedTensor
+from ..quant import Int8Activations, QuantizedTensor, activation_group
 from .loaders import ModelConfig
 
 __all__ = ["Layer", "Llama", "Weights"]
@@ -131,9 +131,16 @@ class Llama:
         o = self.attend(q[0].unflatten(1, (runs, -1)).transpose(0, 1), shared, kv_lens[0])
         return o.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2)
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    def int8_group(self, weight: Weight) -> int | None:
+        """In groups of how many columns the norm or gate before ``weight`` is to write int8: the weight's matrix product then need
+        not round. None where it does not round, and where a gradient could be wanted, which integers have none of."""
+        if self.activations != "int8" or not isinstance(weight, QuantizedTensor) or torch.is_grad_enabled():
+            return None
+        return activation_group(weight.group_size)
+
+    def linear(self, x: Tensor | Int8Activations, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """(..., K) -> (..., N). Float matrices are PyTorch's own: oneDNN and MKL are hard to beat there."""
-        if isinstance(weight, QuantizedTensor):
+        if isinstance(weight, QuantizedTensor) or isinstance(x, Int8Activations):
             return self.ops.quant_matmul(x, weight, bias, activations=self.activations)
         return torch.nn.functional.linear(x, weight, bias)
 
@@ -151,10 +158,11 @@ class Llama:
         x = ops.embedding(ids, w.embedding, dtype=self.dtype)  # (B, T, hidden)
         delta = None  # what the last block has still to add to x: the next norm does it
         for i, layer in enumerate(w.layers):
+            group = self.int8_group(layer.qkv)
             if delta is None:
-                h = ops.rms_norm(x, layer.attention_norm, c.rms_norm_eps)
+                h = ops.rms_norm(x, layer.attention_norm, c.rms_norm_eps, int8_group=group)
             else:
-                h, x = ops.rms_norm(delta, layer.attention_norm, c.rms_norm_eps, residual=x)
+                h, x = ops.rms_norm(delta, layer.attention_norm, c.rms_norm_eps, residual=x, int8_group=group)
             qkv = self.linear(h, layer.qkv, layer.qkv_bias).view(B, T, H + 2 * Hk, D).transpose(1, 2)
             q, k, v = qkv[:, :H], qkv[:, H : H + Hk], qkv[:, H + Hk :]  # (B, H | Hk, T, D)
             if layer.q_norm is not None and layer.k_norm is not None:
@@ -164,8 +172,9 @@ class Llama:
             q = ops.apply_rotary_cache(q, k, v, self.rope.cos, self.rope.sin, into.keys, into.values, at.positions, **scales)
             o = self.attend(q, into.map(lambda t: t[:, :, : at.keys]), at.kv_lens)
             delta = self.linear(o.transpose(1, 2).reshape(B, T, H * D), layer.o)
-            h, x = ops.rms_norm(delta, layer.mlp_norm, c.rms_norm_eps, residual=x)
-            delta = self.linear(ops.gated_activation(self.linear(h, layer.gate_up)), layer.down)
+            h, x = ops.rms_norm(delta, layer.mlp_norm, c.rms_norm_eps, residual=x, int8_group=self.int8_group(layer.gate_up))
+            h = ops.gated_activation(self.linear(h, layer.gate_up), int8_group=self.int8_group(layer.down))
+            delta = self.linear(h, layer.down)
         return ops.rms_norm(delta, w.norm, c.rms_norm_eps, residual=x)[0]
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from ..errors import dtype_error, shape_error, type_error, value_error
+from ..quant.tensor import GROUP_SIZES
 
 __all__ = [
     "FLOATS",
     "dtype_error",
     "floating",
+    "int8_group",
     "like",
     "never_refuse",
     "number",
@@ -55,6 +57,16 @@ def number(op: str, arg: str, value: Any) -> None:
     """A real number (bool does not count), or a TypeError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise type_error(op, arg, value, "a number")
+
+
+def int8_group(op: str, value: Any) -> int:
+    """How many columns of an int8 result share a scale."""
+    number(op, "int8_group", value)
+    if value not in GROUP_SIZES:
+        raise value_error(
+            op, "int8_group", value, "None, 32, 64 or 128", "as many as fastllm.quant.activation_group says of a weight"
+        )
+    return int(value)
 
 
 def never_refuse(*_: object) -> None:

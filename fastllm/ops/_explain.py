@@ -92,7 +92,7 @@ def rung_of(op: str) -> str:
         return ""
     kernels = {name: rung() for name, rung in sorted(module.kernels.items())}
     # apply_rotary is served by the kernel rotary, attention by attention_prefill and attention_decode.
-    own = {rung for name, rung in kernels.items() if name in op or op in name}
+    own = {rung for name, rung in kernels.items() if name in op or op in name or name.replace(" ", "_") == op}
     return " or ".join(sorted(own)) if own else module.active_isa()
 
 

@@ -76,6 +76,8 @@ class Op:
         backward: ``(setup_context, backward)`` as ``torch.library.register_autograd`` takes them.
         no_gradient: in place of ``backward``: one sentence that a caller who asks for gradients is told. An op whose
             schema marks an argument as written to, ``Tensor(a!)``, needs it.
+        instead: with ``no_gradient``, what to call where PyTorch cannot differentiate the reference either: integers have no
+            gradient. The forced reference then refuses too.
     """
 
     def __init__(
@@ -88,11 +90,13 @@ class Op:
         prepare: Callable[..., tuple[Any, ...]],
         backward: tuple[Callable[..., None], Callable[..., Any]] | None = None,
         no_gradient: str = "",
+        instead: str = "",
     ) -> None:
         self.name = name
         self.backends = tuple(backends)
         self.prepare = prepare
         self.fake = fake
+        self._instead = instead
         _library.define(name + schema)
         _library.impl(name, self._serve_registered, "CompositeExplicitAutograd")
         qualified = f"fastllm::{name}"
@@ -101,9 +105,9 @@ class Op:
         if self.registered._schema.is_mutable:
             # PyTorch takes no formula for an op that writes into its arguments: refuse when called, not in the backward.
             _library.impl(name, self._serve_without_gradient, "Autograd", with_keyset=True)
-            self._refuse_gradient = refuse_gradient(name, no_gradient)
+            self._refuse_gradient = refuse_gradient(name, no_gradient, instead)
         else:
-            setup, formula = backward or (None, refuse_gradient(name, no_gradient))
+            setup, formula = backward or (None, refuse_gradient(name, no_gradient, instead))
             torch.library.register_autograd(qualified, formula, setup_context=setup, lib=_library)
         OPS[name] = self
 
@@ -111,7 +115,7 @@ class Op:
         if _is_compiling():
             return self.registered(*args)
         # The forced reference is plain PyTorch all the way: autograd, functorch and modes see through it by themselves.
-        if _direct(args) or _forced_get() == "reference":
+        if _direct(args) or (_forced_get() == "reference" and not self._instead):
             return self._serve(*args)
         self._refuse_tangents(args)
         return self.registered(*args)
@@ -127,10 +131,8 @@ class Op:
         """PyTorch would drop the tangents of forward-mode differentiation in silence. Asked in the kernel for those who
         call torch.ops themselves, and before, because torch.func's tangents do not reach the kernel."""
         if forward_ad._current_level >= 0 and any(isinstance(a, _Tensor) and _has_tangent(a) for a in args):
-            raise NotImplementedError(
-                f"{self.name}: no forward-mode gradient; use reverse mode, "
-                'or fastllm.use_backend("reference") before the forward, which PyTorch differentiates'
-            )
+            other = 'use reverse mode, or fastllm.use_backend("reference") before the forward, which PyTorch differentiates'
+            raise NotImplementedError(f"{self.name}: no forward-mode gradient; {self._instead or other}")
 
     def _serve_without_gradient(self, keyset: Any, *args: Any) -> Any:
         for a in args:
@@ -180,14 +182,15 @@ def note_write(*tensors: torch.Tensor) -> None:
             torch.autograd.graph.increment_version(t)
 
 
-def refuse_gradient(name: str, why: str) -> Callable[..., Any]:
-    """A formula that says why there is none."""
+def refuse_gradient(name: str, why: str, instead: str = "") -> Callable[..., Any]:
+    """A formula that says why there is none, and what to call."""
+    instead = instead or (
+        "call it under torch.no_grad(), "
+        'or under fastllm.use_backend("reference") before the forward, which PyTorch differentiates'
+    )
 
     def refuse(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(
-            f"{name}: no gradient, because {why}; call it under torch.no_grad(), "
-            'or under fastllm.use_backend("reference") before the forward, which PyTorch differentiates'
-        )
+        raise NotImplementedError(f"{name}: no gradient, because {why}; {instead}")
 
     return refuse
 

@@ -67,6 +67,14 @@ FASTLLM_INLINE void store(int8_t* p, vf a) {
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
+// Four vectors, one after the other.
+FASTLLM_INLINE void store4(int8_t* p, vf a, vf b, vf c, vf d) {
+  const __m256i ab = _mm256_packs_epi32(_mm256_cvtps_epi32(a.v), _mm256_cvtps_epi32(b.v));
+  const __m256i cd = _mm256_packs_epi32(_mm256_cvtps_epi32(c.v), _mm256_cvtps_epi32(d.v));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works within halves
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes);
+}
 // AVX2 has no masked access to 16-bit lanes: partial vectors go through a buffer.
 template <typename Half>
 FASTLLM_INLINE vf load_n(const Half* p, int64_t n) {
@@ -119,6 +127,18 @@ FASTLLM_INLINE vf fmaddsub(vf a, vf b, vf c) { return {_mm256_fmaddsub_ps(a.v, b
 FASTLLM_INLINE vf swap_pairs(vf a) { return {_mm256_permute_ps(a.v, 0xb1)}; }
 FASTLLM_INLINE vf max(vf a, vf b) { return {_mm256_max_ps(a.v, b.v)}; }
 FASTLLM_INLINE vf min(vf a, vf b) { return {_mm256_min_ps(a.v, b.v)}; }
+
+// The bits of magnitudes order like their values.
+FASTLLM_INLINE vf max_magnitude(vf a, vf b) {
+  const __m256i bits = _mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x7fffffff));
+  return {_mm256_castsi256_ps(_mm256_max_epi32(bits, _mm256_castps_si256(b.v)))};
+}
+FASTLLM_INLINE float reduce_max_magnitude(vf a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  __m128i s = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+  s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1))));
+}
 
 FASTLLM_INLINE float reduce_add(vf a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));

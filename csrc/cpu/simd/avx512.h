@@ -91,6 +91,14 @@ FASTLLM_INLINE void store_n(int8_t* p, vf a, int64_t n) {
   _mm_mask_storeu_epi8(p, lane_mask(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
 
+// Four vectors, one after the other.
+FASTLLM_INLINE void store4(int8_t* p, vf a, vf b, vf c, vf d) {
+  store(p, a);
+  store(p + kWidth, b);
+  store(p + 2 * kWidth, c);
+  store(p + 3 * kWidth, d);
+}
+
 FASTLLM_INLINE vf set1(float x) { return {_mm512_set1_ps(x)}; }
 FASTLLM_INLINE vf zero() { return {_mm512_setzero_ps()}; }
 FASTLLM_INLINE vf operator+(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -104,6 +112,16 @@ FASTLLM_INLINE vf fmaddsub(vf a, vf b, vf c) { return {_mm512_fmaddsub_ps(a.v, b
 FASTLLM_INLINE vf swap_pairs(vf a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
 FASTLLM_INLINE vf max(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
 FASTLLM_INLINE vf min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
+
+// The bits of magnitudes order like their values.
+FASTLLM_INLINE vf max_magnitude(vf a, vf b) {
+  const __m512i bits = _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff));
+  return {_mm512_castsi512_ps(_mm512_max_epi32(bits, _mm512_castps_si512(b.v)))};
+}
+FASTLLM_INLINE float reduce_max_magnitude(vf a) {
+  const int32_t bits = _mm512_reduce_max_epi32(_mm512_castps_si512(a.v));
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));
+}
 
 FASTLLM_INLINE float reduce_add(vf a) { return _mm512_reduce_add_ps(a.v); }
 // The four sums, one after the other.

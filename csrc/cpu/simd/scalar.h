@@ -85,6 +85,14 @@ FASTLLM_INLINE void store_n(T* p, vf a, int64_t n) {
   if (n > 0) from_float(a.v, *p);
 }
 
+// Four vectors, one after the other.
+FASTLLM_INLINE void store4(int8_t* p, vf a, vf b, vf c, vf d) {
+  store(p, a);
+  store(p + 1, b);
+  store(p + 2, c);
+  store(p + 3, d);
+}
+
 template <typename T>
 FASTLLM_INLINE vf round_clean(T narrow, vf a) {
   from_float(a.v, narrow);
@@ -101,6 +109,12 @@ FASTLLM_INLINE vf fmadd(vf a, vf b, vf c) { return {a.v * b.v + c.v}; }
 FASTLLM_INLINE vf fnmadd(vf a, vf b, vf c) { return {c.v - a.v * b.v}; }
 FASTLLM_INLINE vf max(vf a, vf b) { return {a.v > b.v ? a.v : b.v}; }
 FASTLLM_INLINE vf min(vf a, vf b) { return {a.v < b.v ? a.v : b.v}; }
+// The bits of magnitudes order like their values.
+FASTLLM_INLINE vf max_magnitude(vf a, vf b) {
+  const uint32_t bits = bits_from_float(a.v) & 0x7fffffff;
+  return bits > bits_from_float(b.v) ? vf{float_from_bits(bits)} : b;
+}
+FASTLLM_INLINE float reduce_max_magnitude(vf a) { return a.v; }
 FASTLLM_INLINE float reduce_add(vf a) { return a.v; }
 // The four sums, one after the other.
 FASTLLM_INLINE void reduce_add4(vf a, vf b, vf c, vf d, float* sums) {

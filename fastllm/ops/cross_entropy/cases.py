@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from ...quant.activations import activation_group
 from ...quant.tensor import QuantizedTensor
 from .._case import Case, OpCases
 from ..quant_matmul.cases import random_weight
-from ..quant_matmul.reference import activation_group, round_activations
+from ..quant_matmul.reference import round_activations
 from . import reference
 from .api import cross_entropy
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...quant.activations import activation_group
 from ...quant.tensor import QuantizedTensor
-from ..quant_matmul.reference import activation_group, round_activations
+from ..quant_matmul.reference import round_activations
 
 
 def cross_entropy(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .._case import Case, OpCases
+from .._int8_cases import never_rounded, rounded_by, wrong_roundings
 from . import reference
 from .api import gated_activation
 
@@ -28,22 +29,25 @@ def _inputs(
     fused: bool = False,
     strided: bool = False,
     scale: float = 2.0,
+    empty: slice = slice(0),
+    **options: Any,
 ) -> Callable[[Generator], dict[str, Any]]:
     def make(g: Generator) -> dict[str, Any]:
         both = torch.randn(*shape[:-1], 2 * shape[-1], generator=g) * scale
         both[..., ::97] *= 10.0
+        both[..., empty] = 0.0
         both = both.to(dtype)
         if fused:
-            return {"gate": both, "activation": activation}
+            return {"gate": both, "activation": activation, **options}
         gate, up = both.chunk(2, -1)
         if not strided:
             gate, up = gate.contiguous(), up.contiguous()
-        return {"gate": gate, "up": up, "activation": activation}
+        return {"gate": gate, "up": up, "activation": activation, **options}
 
     return make
 
 
-def _extremes(dtype: torch.dtype, activation: str) -> Callable[[Generator], dict[str, Any]]:
+def _extremes(dtype: torch.dtype, activation: str, **options: Any) -> Callable[[Generator], dict[str, Any]]:
     """Where e^-g overflows, underflows, and where g^3 does."""
 
     def make(g: Generator) -> dict[str, Any]:
@@ -51,7 +55,7 @@ def _extremes(dtype: torch.dtype, activation: str) -> Callable[[Generator], dict
         if dtype != torch.float16:
             gate = torch.cat((gate, torch.tensor([1e15, -1e15, 3e38, -3e38, 1e-40, -1e-40])))
         gate = gate.repeat(3).to(dtype)
-        return {"gate": gate, "up": torch.rand(gate.shape, generator=g).to(dtype), "activation": activation}
+        return {"gate": gate, "up": torch.rand(gate.shape, generator=g).to(dtype), "activation": activation, **options}
 
     return make
 
@@ -90,6 +94,45 @@ def _cases() -> list[Case]:
     return cases
 
 
+def _cases_int8() -> list[Case]:
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+
+        def add(
+            name: str,
+            *shape: int,
+            group: int,
+            bench: bool = False,
+            gpu: bool = False,
+            _dtype: torch.dtype = dtype,
+            **options: Any,
+        ) -> None:
+            count, groups = torch.Size(shape).numel(), torch.Size(shape[:-1]).numel() * -(-shape[-1] // group)
+            moved = 2 * count * _dtype.itemsize + count + 8 * groups
+            make = _inputs(*shape, dtype=_dtype, int8_group=group, **options)
+            cases.append(Case(name, _dtype, make, moved, 29 * count, bench, gpu))
+
+        add("llama-3.2-1b prefill 512x8192 fused g32", 512, 8192, group=32, bench=True, fused=True)
+        add("llama-3.2-1b decode 1x8192 fused g32", 1, 8192, group=32, bench=True, fused=True)
+        add("llama-3.2-1b prefill 512x8192 g128", 512, 8192, group=128, bench=True)
+        if dtype == torch.bfloat16:
+            add("llama-3.1-8b prefill 4096x14336 fused g128", 4096, 14336, group=128, bench=True, gpu=True, fused=True)
+        add("smollm2-135m 33x1536 fused g64", 33, 1536, group=64, fused=True)
+        add("gelu 17x160 g32", 17, 160, group=32, activation="gelu_tanh")
+        add("gelu fused 3x7x131 g64", 3, 7, 131, group=64, activation="gelu_tanh", fused=True)
+        add("odd 3x7x131 g32", 3, 7, 131, group=32)
+        add("strided 6x200 g128", 6, 200, group=128, strided=True)
+        add("empty groups 5x320 g32", 5, 320, group=32, empty=slice(100, 200))
+        add("one element 4x1 g32", 4, 1, group=32)
+        add("one dim 77 g64", 77, group=64)
+        add("pieces 2x20011 fused g128", 2, 20011, group=128, fused=True)
+        add("no rows 0x64 g32", 0, 64, group=32)
+        add("no columns 4x0 g32", 4, 0, group=32)
+        for activation in ("silu", "gelu_tanh"):
+            cases.append(Case(f"extremes {activation} g32", dtype, _extremes(dtype, activation, int8_group=32), 0, 0))
+    return cases
+
+
 def _up_and_gate_swapped(gate: Tensor, up: Tensor | None = None, activation: str = "silu") -> Tensor:
     gate, up = gate.chunk(2, -1) if up is None else (gate, up)
     return reference.gated_activation(up, gate, activation)
@@ -125,21 +168,38 @@ def _last_dropped(gate: Tensor, up: Tensor | None = None, activation: str = "sil
     return y
 
 
-CASES = OpCases(
-    op="gated_activation",
-    call=gated_activation,
-    reference=reference.gated_activation,
-    torch=torch_gated_activation,
-    rival="transformers LlamaMLP's act_fn(gate) * up",
-    cases=_cases(),
-    mutants={
-        "up and gate are swapped": _up_and_gate_swapped,
-        "sigmoid instead of silu": _sigmoid,
-        "gelu instead of silu": _always("gelu_tanh"),
-        "silu instead of gelu": _always("silu"),
-        "gelu by erf instead of tanh": _erf,
-        "the fused buffer is read as interleaved": _interleaved,
-        "up does not multiply": _not_multiplied,
-        "last column is dropped": _last_dropped,
-    },
+_MUTANTS = {
+    "up and gate are swapped": _up_and_gate_swapped,
+    "sigmoid instead of silu": _sigmoid,
+    "gelu instead of silu": _always("gelu_tanh"),
+    "silu instead of gelu": _always("silu"),
+    "gelu by erf instead of tanh": _erf,
+    "the fused buffer is read as interleaved": _interleaved,
+    "up does not multiply": _not_multiplied,
+    "last column is dropped": _last_dropped,
+}
+
+CASES = (
+    OpCases(
+        op="gated_activation",
+        call=gated_activation,
+        reference=reference.gated_activation,
+        torch=torch_gated_activation,
+        rival="transformers LlamaMLP's act_fn(gate) * up",
+        cases=_cases(),
+        mutants=_MUTANTS,
+    ),
+    OpCases(
+        op="gated_activation_int8",
+        call=gated_activation,
+        reference=never_rounded(reference.gated_activation),
+        torch=rounded_by(torch_gated_activation),
+        rival="transformers LlamaMLP's act_fn(gate) * up, then rounded",
+        cases=_cases_int8(),
+        mutants={
+            # gelu's two forms differ by less than a step of int8
+            **{name: rounded_by(wrong) for name, wrong in _MUTANTS.items() if wrong is not _erf},
+            **wrong_roundings(reference.gated_activation, _not_multiplied),
+        },
+    ),
 )

@@ -1,9 +1,10 @@
-"""gated_activation on the CPU: allocates the output, calls fastllm._cpu."""
+"""gated_activation on the CPU, its result float or int8: allocates the output, calls fastllm._cpu."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, get_num_threads
 
 from ...backends import cpu_module
@@ -26,3 +27,12 @@ def gated_activation(gate: Tensor, up: Tensor | None, activation: str) -> Tensor
     y = _op.empty((*rows, last if up is not None else last // 2), dtype=gate.dtype)
     _cpu.gated_activation(gate, up, y, activation == "gelu_tanh", get_num_threads())
     return y
+
+
+def gated_activation_int8(gate: Tensor, up: Tensor | None, activation: str, group_size: int) -> tuple[Tensor, Tensor]:
+    *rows, last = gate.shape
+    columns = last if up is not None else last // 2
+    y = _op.empty((*rows, columns), dtype=torch.int8)
+    groups = _op.empty((*rows, -(-columns // group_size), 2), dtype=torch.float32)
+    _cpu.gated_activation_int8(gate, up, y, groups, activation == "gelu_tanh", group_size, get_num_threads())
+    return y, groups

@@ -8,16 +8,22 @@ import torch
 from torch import Tensor
 
 from ...backends import Backend
-from ...errors import type_error, value_error
+from ...errors import dtype_error, type_error, value_error
+from ...quant.activations import Int8Activations, activation_group
 from ...quant.tensor import QuantizedTensor
 from .. import _check, _op, _triton
 from . import cuda, native, reference
 
 
-def _prepare(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float") -> tuple[Any, ...]:
-    _check.floating("quant_matmul", "x", x, min_dim=1)
+def _prepare(
+    x: Tensor | Int8Activations, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float"
+) -> tuple[Any, ...]:
+    if not isinstance(x, Int8Activations):
+        _check.floating("quant_matmul", "x", x, min_dim=1)
     if not isinstance(w, QuantizedTensor):
         raise type_error("quant_matmul", "w", w, "a QuantizedTensor", "(fastllm.quantize makes one)")
+    if isinstance(x, Int8Activations):
+        _check_rounded(x, activation_group(w.group_size))
     n, k = w.shape
     if x.shape[-1] != k:
         raise _check.shape_error("quant_matmul", "x", x.shape, f"(..., {k})", f"to match w {w.shape}")
@@ -31,20 +37,31 @@ def _prepare(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activ
         raise value_error("quant_matmul", "activations", activations, "'float' or 'int8'")
     if w.layout != "x16" and not torch.compiler.is_compiling():
         w = packed(w)
-    return (
-        x,
-        w.data,
-        w.scale,
-        w.minimum,
-        bias,
-        n,
-        k,
-        w.bits,
-        w.group_size,
-        w.zero,
-        w.layout,
-        activations == "int8",
-    )
+    weight = w.data, w.scale, w.minimum, bias, n, k, w.bits, w.group_size, w.zero, w.layout
+    if isinstance(x, Int8Activations):
+        return x.data, x.groups, *weight, x.dtype
+    return x, *weight, activations == "int8"
+
+
+def _check_rounded(x: Int8Activations, group_size: int) -> None:
+    """That it is in the groups that the weight asks for, and, for those who make their own, well made."""
+    op = "quant_matmul"
+    if x.group_size != group_size:
+        raise value_error(
+            op, "group_size of x", x.group_size, f"{group_size}", "fastllm.quant.activation_group of the weight's"
+        )
+    _check.tensor(op, "x.data", x.data)
+    _check.like(op, "x.groups", x.groups, torch.float32, x.data.device, "int8 activations")
+    if x.data.dtype != torch.int8:
+        raise dtype_error(op, "x.data", x.data.dtype, "torch.int8")
+    if x.dtype not in _check.FLOATS:
+        raise dtype_error(op, "x", x.dtype, "torch.float32, torch.bfloat16 or torch.float16")
+    if x.data.dim() == 0:
+        raise _check.shape_error(op, "x.data", x.shape, "at least 1 dim")
+    expected = (*x.shape[:-1], -(-x.shape[-1] // x.group_size), 2)
+    if x.groups.shape != expected:
+        because = f"for x.data {tuple(x.shape)} in groups of {x.group_size}"
+        raise _check.shape_error(op, "x.groups", x.groups.shape, f"{expected}", because)
 
 
 def packed(w: QuantizedTensor) -> QuantizedTensor:
@@ -88,8 +105,32 @@ def _reference(
     return reference.quant_matmul(x, w, bias, activations="int8" if int8_activations else "float")
 
 
+def _reference_int8(
+    x: Tensor,
+    x_groups: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero: int,
+    layout: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    w = _stored(data, scale, minimum, n, k, bits, group_size, zero, layout)
+    return reference.quant_matmul(Int8Activations(x, x_groups, activation_group(group_size), dtype), w, bias)
+
+
 def _fake(x: Tensor, data: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, n: int, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], n))
+
+
+def _fake_int8(x: Tensor, x_groups: Tensor, *args: Any) -> Tensor:
+    n, dtype = args[4], args[-1]
+    return x.new_empty((*x.shape[:-1], n), dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -124,15 +165,31 @@ _op_quant_matmul = _op.Op(
     prepare=_prepare,
     backward=(_setup_context, _backward),
 )
+_op_int8 = _op.Op(
+    "quant_matmul_int8",
+    "(Tensor x, Tensor x_groups, Tensor data, Tensor scale, Tensor? minimum, Tensor? bias, SymInt n, SymInt k, int bits, "
+    "int group_size, int zero, str layout, ScalarType dtype) -> Tensor",
+    fake=_fake_int8,
+    backends=(
+        Backend("cpu", native.quant_matmul_int8, native.refuse_int8),
+        Backend("reference", _reference_int8, _check.never_refuse),
+    ),
+    prepare=_prepare,
+    no_gradient="integers have none",
+    instead="call quant_matmul(..., activations='int8') on what was rounded, which passes gradients straight through rounding",
+)
 
 
-def quant_matmul(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float") -> Tensor:
+def quant_matmul(
+    x: Tensor | Int8Activations, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float"
+) -> Tensor:
     """A linear layer whose weight is stored in 4 or 8 bits.
 
     y[m, n] = sum_k x[m, k] w[n, k] + bias[n];  w[n, k] = (q[n, k] - zero) * scale[n, k // group] + minimum[n, k // group]
 
     Args:
-        x: (..., K) fp32|bf16|fp16; rows may be strided.
+        x: (..., K) fp32|bf16|fp16; rows may be strided. Or an ``Int8Activations`` (..., K) in groups of A columns (see
+            ``activations``), as ``rms_norm`` and ``gated_activation`` write it: it is taken as it is, whatever ``activations`` says.
         w: (N, K), 4 or 8 bits, groups of 32, 64, 128 or K columns. Kernels read its "x16" layout: a weight in layout
             "rows" is packed at the first call and the packed copy is kept with it, so pass ``w.pack()`` to hold one copy.
         bias: (N,) of x's dtype.
@@ -145,14 +202,17 @@ def quant_matmul(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, a
 
     Raises:
         TypeError: a dtype other than fp32, bf16, fp16, a bias of another one, or a w that is no QuantizedTensor.
-        ValueError: a shape or device that does not match, or an unknown ``activations``.
+        ValueError: a shape, device or group of x that does not match, or an unknown ``activations``.
 
     Numerics: "float" makes each weight in fp32 and sums in fp32, 128 columns at a time (in CUDA C++ it sums integers times x for 32
     columns, then scales the sum, so that no weight is rounded); "int8" sums each group exactly in
     int32, then groups in fp32. bias is added before the one rounding to x's dtype. An infinity or NaN in a row of x makes
     that row of y NaN or infinite ("int8": NaN throughout). On the CPU a row's bits do not depend on the batch or on the
-    number of threads. Gradients to x and bias; the weight has none; "int8" passes the gradient straight through rounding.
+    number of threads. Gradients to x and bias; the weight has none; "int8" passes the gradient straight through rounding; an
+    ``Int8Activations`` has none, and its products none.
     Cost: N K bits / 8 bytes of weights plus scales; 2 M N K operations.
     Source: weight formats of llama.cpp's Q4_0, Q4_1, Q8_0, GPTQ (arXiv:2210.17323), AWQ (arXiv:2306.00978) and HQQ.
     """
-    return _op_quant_matmul(*_prepare(x, w, bias, activations=activations))
+    args = _prepare(x, w, bias, activations=activations)
+    y: Tensor = (_op_int8 if isinstance(x, Int8Activations) else _op_quant_matmul)(*args)
+    return y

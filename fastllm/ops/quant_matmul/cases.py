@@ -9,27 +9,32 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from ...quant.activations import Int8Activations, activation_group, dequantize_activations, quantize_activations
 from ...quant.tensor import QuantizedTensor, store_integers
 from .._case import Case, OpCases
 from . import reference
 from .api import quant_matmul
 
 
-def torch_linear(x: Tensor, w: QuantizedTensor | Tensor, bias: Tensor | None = None, *, activations: str = "float") -> Tensor:
+def torch_linear(
+    x: Tensor | Int8Activations, w: QuantizedTensor | Tensor, bias: Tensor | None = None, *, activations: str = "float"
+) -> Tensor:
     """F.linear on the dequantised weight; with int8 activations on activations that were rounded and widened again.
 
     A weight that is dense already is `bench`'s: the float layer that a quantised one replaces, which rounds nothing.
     """
+    if isinstance(x, Int8Activations):
+        x = x.dequantize()
     if isinstance(w, Tensor):
         return torch.nn.functional.linear(x, w, bias)
     if activations == "int8":
-        group_size = reference.activation_group(w.group_size)
-        x = reference.round_activations(x, group_size, torch.float32).to(x.dtype)
+        x = reference.round_activations(x, activation_group(w.group_size), torch.float32).to(x.dtype)
     return torch.nn.functional.linear(x, w.dequantize(x.dtype), bias)
 
 
 def _dense(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {**inputs, "w": inputs["w"].dequantize(inputs["x"].dtype)}
+    x = inputs["x"]
+    return {**inputs, "x": x if isinstance(x, Tensor) else x.dequantize(), "w": inputs["w"].dequantize(x.dtype)}
 
 
 def random_weight(
@@ -63,6 +68,7 @@ def _inputs(
     group_size: int = 32,
     form: str = "minimum",
     activations: str = "float",
+    rounded: bool = False,
     bias: bool = False,
     mean: float = 0.0,
     outliers: bool = False,
@@ -78,11 +84,14 @@ def _inputs(
         x = x.to(dtype)
         if strided:  # every other row of a larger buffer
             x = torch.stack([x, x.flip(-1)], -2)[..., 0, :]
-        kwargs: dict[str, Any] = {
-            "x": x,
-            "w": random_weight(g, n, k, bits, group_size, form, scale_dtype),
-            "activations": activations,
-        }
+        kwargs: dict[str, Any] = {"x": x, "w": random_weight(g, n, k, bits, group_size, form, scale_dtype)}
+        if rounded:
+            kwargs["x"] = Int8Activations.of(x, activation_group(kwargs["w"].group_size))
+            if strided:
+                data = kwargs["x"].data
+                kwargs["x"] = replace(kwargs["x"], data=torch.stack([data, data.flip(-1)], -2)[..., 0, :])
+        else:
+            kwargs["activations"] = activations
         if bias:
             kwargs["bias"] = torch.randn(n, generator=g).to(dtype)
         return kwargs
@@ -169,6 +178,52 @@ def _cases() -> list[Case]:
     return cases
 
 
+def _cases_int8() -> list[Case]:
+    """Activations that were rounded before."""
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+
+        def add(name: str, m: int | tuple[int, ...], n: int, k: int, _dtype: torch.dtype = dtype, **options: Any) -> None:
+            bench, gpu = options.pop("bench", False), options.pop("gpu", False)
+            bits, rows = options.get("bits", 4), torch.Size([m] if isinstance(m, int) else m).numel()
+            group_size = options.get("group_size", 32)
+            scales = n * (1 if group_size == -1 else k // group_size) * (2 if options.get("form") == "zero" else 4)
+            groups = rows * -(-k // activation_group(group_size))
+            size = n * k * bits // 8 + scales + rows * (k + n * _dtype.itemsize) + 8 * groups
+            make = _inputs(m, n, k, _dtype, rounded=True, **options)
+            cases.append(Case(name, _dtype, make, size, 2 * rows * n * k, bench, gpu, arithmetic=f"int{bits}"))
+
+        for part in ("qkv", "gate up", "down"):  # what reads a norm or a gate
+            n, k = _LLAMA_1B[part]
+            add(f"llama-3.2-1b {part} decode 1x{n}x{k} int4 g32", 1, n, k, bench=True)
+            add(f"llama-3.2-1b {part} prefill 512x{n}x{k} int4 g32", 512, n, k, bench=True)
+        if dtype == torch.bfloat16:
+            for rows in (1, 16, 512, 4096):
+                name = f"llama-3.1-8b gate {rows}x14336x4096 int4 g128"
+                add(name, rows, 14336, 4096, group_size=128, bench=True, gpu=True)
+        add("int4 g32 minimum 31x40x576", 31, 40, 576, bias=True)
+        add("int4 g32 zero 7x33x64", 7, 33, 64, form="zero")
+        add("int4 g32 both 3x17x96", 3, 17, 96, form="both", scale_dtype=torch.bfloat16)
+        add("int4 g64 zero 13x50x192", 13, 50, 192, form="zero", group_size=64, scale_dtype=torch.float32, bias=True)
+        add("int4 g128 minimum 2x50x640", 2, 50, 640, group_size=128)
+        add("int4 row zero 1x131x131", 1, 131, 131, group_size=-1, form="zero")
+        add("int4 row minimum 9x19x1031", 9, 19, 1031, group_size=-1)
+        add("int8 row zero 33x47x131", 33, 47, 131, bits=8, group_size=-1, form="zero", bias=True)
+        add("int8 g32 zero 2x3x7x47x544", (2, 3, 7), 47, 544, bits=8, form="zero")
+        add("int8 g32 minimum 5x15x64", 5, 15, 64, bits=8, scale_dtype=torch.float32)
+        add("int8 g128 both 6x16x256", 6, 16, 256, bits=8, group_size=128, form="both")
+        add("int4 g32 minimum 2x80x4224", 2, 80, 4224, scale_dtype=torch.float32)
+        add("int4 g32 zero 40x50x544", 40, 50, 544, form="zero")
+        add("one column 5x1x1", 5, 1, 1, group_size=-1)
+        add("short 4x2x5 int8", 4, 2, 5, bits=8, group_size=-1)
+        add("no tokens 0x16x64", 0, 16, 64)
+        add("strided 6x20x160", 6, 20, 160, strided=True)
+        add("more tokens than a pass 300x18x64", 300, 18, 64)
+        add("activations with a mean 8x40x640", 8, 40, 640, mean=1.0)
+        add("outliers and empty groups 5x48x1056", 5, 48, 1056, outliers=True)
+    return cases
+
+
 def _with(change: Callable[[QuantizedTensor], QuantizedTensor]) -> Callable[..., Tensor]:
     """The reference on a weight that was changed in the canonical layout."""
 
@@ -186,18 +241,18 @@ def _activation_scales_forgotten(
     x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float"
 ) -> Tensor:
     if activations == "int8":
-        group_size = reference.activation_group(w.group_size)
-        q, scale = reference.quantize_activations(x, group_size)
-        x = reference.dequantize_activations(q, scale.mean(-1, keepdim=True).expand_as(scale), group_size, torch.float64)
+        group_size = activation_group(w.group_size)
+        q, scale = quantize_activations(x, group_size)
+        x = dequantize_activations(q, scale.mean(-1, keepdim=True).expand_as(scale), group_size, torch.float64)
     return reference.quant_matmul(x, w, bias)
 
 
 def _activations_truncated(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activations: str = "float") -> Tensor:
     if activations == "int8":
-        group_size = reference.activation_group(w.group_size)
-        _, scale = reference.quantize_activations(x, group_size)
+        group_size = activation_group(w.group_size)
+        _, scale = quantize_activations(x, group_size)
         exact = x / scale.double().repeat_interleave(group_size, -1)[..., : x.shape[-1]]
-        x = reference.dequantize_activations(exact.nan_to_num(0.0).trunc(), scale, group_size, torch.float64)
+        x = dequantize_activations(exact.nan_to_num(0.0).trunc(), scale, group_size, torch.float64)
     return reference.quant_matmul(x, w, bias)
 
 
@@ -217,28 +272,70 @@ def _no_bias(x: Tensor, w: QuantizedTensor, bias: Tensor | None = None, *, activ
     return reference.quant_matmul(x, w, activations=activations)
 
 
-CASES = OpCases(
-    op="quant_matmul",
-    call=quant_matmul,
-    reference=reference.quant_matmul,
-    torch=torch_linear,
-    rival="F.linear on a weight dequantised beforehand",
-    held_by_torch=_dense,
-    cases=_cases(),
-    compute_bound=lambda case: case.flops >= 16 * case.bytes,  # from about 32 tokens on
-    mutants={
-        "zero is off by one": _with(lambda w: replace(w, zero=w.zero + 1)),
-        "scales are shifted by one group": _with(lambda w: replace(w, scale=w.scale.roll(1, dims=1))),
-        "minimums are shifted by one group": _with(
-            lambda w: w if w.minimum is None else replace(w, minimum=w.minimum.roll(1, dims=1))
-        ),
-        "minimum is dropped": _with(lambda w: replace(w, minimum=None)),
-        "nibbles are swapped": _with(_swap_nibbles),
-        "two rows of a block are swapped": _with(lambda w: replace(w, data=w.data.flip(0))),
-        "last column is dropped": _last_column_dropped,
-        "bias is dropped": _no_bias,
-        "one scale of activations serves all groups": _activation_scales_forgotten,
-        "activations are truncated, not rounded": _activations_truncated,
-        "activations are not quantised": _activations_not_quantized,
-    },
+def _given(change: Callable[[Int8Activations], Int8Activations]) -> Callable[..., Tensor]:
+    """The reference on integers that were changed."""
+
+    def wrong(x: Int8Activations, w: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+        return reference.quant_matmul(change(x), w, bias)
+
+    return wrong
+
+
+def _one_scale(x: Int8Activations) -> Int8Activations:
+    return replace(x, groups=x.groups.mean(-2, keepdim=True).expand_as(x.groups))
+
+
+def _last_integer_dropped(x: Int8Activations) -> Int8Activations:
+    data = x.data.clone()
+    data[..., -1:] = 0
+    return replace(x, data=data)
+
+
+_WRONG_WEIGHTS = {
+    "zero is off by one": _with(lambda w: replace(w, zero=w.zero + 1)),
+    "scales are shifted by one group": _with(lambda w: replace(w, scale=w.scale.roll(1, dims=1))),
+    "minimums are shifted by one group": _with(
+        lambda w: w if w.minimum is None else replace(w, minimum=w.minimum.roll(1, dims=1))
+    ),
+    "minimum is dropped": _with(lambda w: replace(w, minimum=None)),
+    "nibbles are swapped": _with(_swap_nibbles),
+    "two rows of a block are swapped": _with(lambda w: replace(w, data=w.data.flip(0))),
+    "bias is dropped": _no_bias,
+}
+
+CASES = (
+    OpCases(
+        op="quant_matmul",
+        call=quant_matmul,
+        reference=reference.quant_matmul,
+        torch=torch_linear,
+        rival="F.linear on a weight dequantised beforehand",
+        held_by_torch=_dense,
+        cases=_cases(),
+        compute_bound=lambda case: case.flops >= 16 * case.bytes,  # from about 32 tokens on
+        mutants={
+            **_WRONG_WEIGHTS,
+            "last column is dropped": _last_column_dropped,
+            "one scale of activations serves all groups": _activation_scales_forgotten,
+            "activations are truncated, not rounded": _activations_truncated,
+            "activations are not quantised": _activations_not_quantized,
+        },
+    ),
+    OpCases(
+        op="quant_matmul_int8",
+        call=quant_matmul,
+        reference=reference.quant_matmul,
+        torch=torch_linear,
+        rival="F.linear on a weight and activations dequantised beforehand",
+        held_by_torch=_dense,
+        cases=_cases_int8(),
+        compute_bound=lambda case: case.flops >= 16 * case.bytes,
+        mutants={
+            **_WRONG_WEIGHTS,
+            "last column is dropped": _given(_last_integer_dropped),
+            "one scale of activations serves all groups": _given(_one_scale),
+            "scales of activations are shifted by one group": _given(lambda x: replace(x, groups=x.groups.roll(1, -2))),
+            "integers are read as unsigned": _given(lambda x: replace(x, data=x.data.view(torch.uint8))),
+        },
+    ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, get_num_threads
 
 from ...backends import cpu_module
@@ -24,7 +25,7 @@ def refuse(
     group_size: int,
     zero: int,
     layout: str,
-    int8_activations: bool,
+    *_: object,
 ) -> str | None:
     reason = _op.refuse_unless_cpu(x, data, scale, minimum, bias)
     if reason is None:
@@ -53,4 +54,31 @@ def quant_matmul(
 ) -> Tensor:
     y = _op.empty((*x.shape[:-1], n), dtype=x.dtype)
     _cpu.quant_matmul(x, data, scale, minimum, bias, y, n, k, bits, group_size, zero, int8_activations, get_num_threads())
+    return y
+
+
+def refuse_int8(x: Tensor, x_groups: Tensor, *args: Any) -> str | None:
+    reason = refuse(x, *args) or _op.refuse_unless_cpu(x_groups)
+    if reason is None and not x_groups.is_contiguous():
+        return "it reads contiguous scales and sums of x"
+    return reason
+
+
+def quant_matmul_int8(
+    x: Tensor,
+    x_groups: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero: int,
+    layout: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    y = _op.empty((*x.shape[:-1], n), dtype=dtype)
+    _cpu.quant_matmul_int8(x, x_groups, data, scale, minimum, bias, y, n, k, bits, group_size, zero, get_num_threads())
     return y

@@ -24,11 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...backends import forced_backend
+from ...quant.activations import activation_group
 from .. import _op
 from .._launch import GPU, LaunchTable, warps
 from .._triton import COMPILER, Build, device_of, power_of_two, rows
 from .._triton_kernels import int8_round, int8_scale, quantized_base, quantized_column, row_start
-from .reference import activation_group
 
 FEW = 16  # rows up to which a tile has 16 of them
 ROOMY = 160 << 10  # bytes of shared memory a block: NVIDIA's data centre GPUs have them; the others have 100 KiB, AMD's 64

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ...backends import Backend
 from ...errors import value_error
+from ...quant.activations import Int8Activations
 from .. import _check, _op, _triton
 from . import cuda, native, reference
 
-# Two schemas, because a PyTorch op cannot return a tensor or two. The arguments are the same.
+# Two schemas, because a PyTorch op cannot return a tensor or two. The arguments are the same; and so again with int8 results.
 _ARGUMENTS = "Tensor x, Tensor? weight, Tensor? residual, float eps, float offset, bool round_before_weight"
 
 
@@ -25,6 +26,7 @@ def _prepare(
     residual: Tensor | None = None,
     offset: float = 0.0,
     rounding: str = "llama",
+    int8_group: int | None = None,
 ) -> tuple[Any, ...]:
     _check.floating("rms_norm", "x", x, min_dim=1)
     if x.shape[-1] == 0:
@@ -46,7 +48,8 @@ def _prepare(
         raise value_error("rms_norm", "offset", offset, "a finite number")
     if rounding not in ("llama", "gemma"):
         raise value_error("rms_norm", "rounding", rounding, "'llama' or 'gemma'")
-    return x, weight, residual, float(eps), float(offset), rounding == "llama"
+    args = x, weight, residual, float(eps), float(offset), rounding == "llama"
+    return args if int8_group is None else (*args, _check.int8_group("rms_norm", int8_group))
 
 
 def _reference(
@@ -56,12 +59,29 @@ def _reference(
     return reference.rms_norm(x, weight, eps, residual=residual, offset=offset, rounding=rounding)
 
 
+def _reference_int8(*args: Any) -> tuple[Tensor, ...]:
+    x, weight, residual, eps, offset, round_before_weight, group_size = args
+    y = _reference(x, weight, residual, eps, offset, round_before_weight)
+    y, *h = (y,) if residual is None else y
+    rounded = Int8Activations.of(y, group_size)
+    return rounded.data, rounded.groups, *h
+
+
 def _fake(x: Tensor, weight: Tensor | None, residual: Tensor | None, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
 def _fake_residual(x: Tensor, weight: Tensor | None, residual: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _fake_int8(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *rows, K = x.shape
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*rows, -(-K // args[-1]), 2), dtype=torch.float32)
+
+
+def _fake_residual_int8(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return *_fake_int8(x, *args), x.new_empty(x.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -122,6 +142,32 @@ _with_residual = _op.Op(
     prepare=_prepare,
     backward=(_setup_context, _backward_residual),
 )
+_BACKENDS_INT8 = (
+    Backend("cpu", native.rms_norm_int8, native.refuse),
+    Backend("reference", _reference_int8, _check.never_refuse),
+)
+_INSTEAD = (
+    "call rms_norm without int8_group and quant_matmul(..., activations='int8') on its result, "
+    "which passes gradients straight through rounding"
+)
+_int8 = _op.Op(
+    "rms_norm_int8",
+    f"({_ARGUMENTS}, int group_size) -> (Tensor, Tensor)",
+    fake=_fake_int8,
+    backends=_BACKENDS_INT8,
+    prepare=_prepare,
+    no_gradient="integers have none",
+    instead=_INSTEAD,
+)
+_with_residual_int8 = _op.Op(
+    "rms_norm_residual_int8",
+    f"({_ARGUMENTS}, int group_size) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_residual_int8,
+    backends=_BACKENDS_INT8,
+    prepare=_prepare,
+    no_gradient="integers have none",
+    instead=_INSTEAD,
+)
 
 
 def rms_norm(
@@ -132,6 +178,7 @@ def rms_norm(
     residual: Tensor | None = None,
     offset: float = 0.0,
     rounding: str = "llama",
+    int8_group: int | None = None,
 ) -> Any:
     """Root-mean-square norm of each row, with the residual added first if there is one.
 
@@ -144,17 +191,27 @@ def rms_norm(
         residual: shape and dtype of x.
         offset: added to the weight: 1.0 for Gemma, whose checkpoints store weight - 1.
         rounding: "llama" rounds the normed value to x's dtype before the weight multiplies it, "gemma" after.
+        int8_group: 32, 64 or 128: y comes in int8, with a scale for so many columns, as ``quant_matmul`` takes it
+            (``fastllm.quant.activation_group(w.group_size)``).
 
     Returns:
-        y (..., K) of x's dtype; with a residual (y, h), h being the sum rounded to x's dtype.
+        y (..., K) of x's dtype, or with int8_group an ``Int8Activations``; with a residual (y, h), h being the sum rounded to x's
+        dtype.
 
     Raises:
-        TypeError: a dtype other than fp32, bf16, fp16, or one that differs from x's. ValueError: a shape, eps or rounding.
+        TypeError: a dtype other than fp32, bf16, fp16, or one that differs from x's. ValueError: a shape, eps, rounding or
+        int8_group.
 
-    Numerics: sums in fp32; each row's bits do not depend on the batch or on the number of threads. Gradients to x,
-    weight and residual.
-    Cost: 2 (3 with a residual, 4 with both results) times the bytes of x; 4 flops an element.
+    Numerics: sums in fp32; each row's bits do not depend on the batch or on the number of threads. What int8_group rounds is y as
+    rounded to x's dtype: the integers are those of ``quant_matmul(y, w, activations="int8")``. Gradients to x, weight and residual;
+    with int8_group none.
+    Cost: 2 (3 with a residual, 4 with both results) times the bytes of x; 4 flops an element. With int8_group y has K + 8 G bytes a
+    row, G = ceil(K / int8_group).
     Source: Zhang and Sennrich 2019, arXiv:1910.07467; transformers' LlamaRMSNorm and GemmaRMSNorm for the rounding.
     """
-    args = _prepare(x, weight, eps, residual=residual, offset=offset, rounding=rounding)
-    return _plain(*args) if residual is None else _with_residual(*args)
+    args = _prepare(x, weight, eps, residual=residual, offset=offset, rounding=rounding, int8_group=int8_group)
+    if int8_group is None:
+        return _plain(*args) if residual is None else _with_residual(*args)
+    data, groups, *h = _int8(*args) if residual is None else _with_residual_int8(*args)
+    y = Int8Activations(data, groups, args[-1], x.dtype)
+    return (y, *h) if h else y

@@ -1,9 +1,10 @@
-"""rms_norm on the CPU: allocates the outputs, calls fastllm._cpu."""
+"""rms_norm on the CPU, its result float or int8: allocates the outputs, calls fastllm._cpu."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, get_num_threads
 
 from ...backends import cpu_module
@@ -29,3 +30,13 @@ def rms_norm(
     total = None if residual is None else _op.empty(x.shape, dtype=x.dtype)
     _cpu.rms_norm(x, weight, residual, y, total, eps, offset, round_before_weight, get_num_threads())
     return y if total is None else (y, total)
+
+
+def rms_norm_int8(x: Tensor, weight: Tensor | None, residual: Tensor | None, *scalars: Any) -> tuple[Tensor, ...]:
+    *rows, K = x.shape
+    *args, group_size = scalars
+    y = _op.empty(x.shape, dtype=torch.int8)
+    groups = _op.empty((*rows, -(-K // group_size), 2), dtype=torch.float32)
+    total = None if residual is None else _op.empty(x.shape, dtype=x.dtype)
+    _cpu.rms_norm_int8(x, weight, residual, y, groups, total, *args, group_size, get_num_threads())
+    return (y, groups) if total is None else (y, groups, total)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ...quant.activations import Int8Activations
 
 
 def rms_norm(
@@ -14,7 +18,8 @@ def rms_norm(
     residual: Tensor | None = None,
     offset: float = 0.0,
     rounding: str = "llama",
-) -> Tensor | tuple[Tensor, Tensor]:
+    int8_group: int | None = None,
+) -> Any:
     h = x if residual is None else x + residual
     wide = h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -24,4 +29,5 @@ def rms_norm(
         y = (normed.to(x.dtype).to(wide.dtype) * (weight.to(wide.dtype) + offset)).to(x.dtype)
     else:
         y = (normed * (weight.to(wide.dtype) + offset)).to(x.dtype)
-    return y if residual is None else (y, h)
+    result = y if int8_group is None else Int8Activations.of(y, int8_group)
+    return result if residual is None else (result, h)
