@@ -145,4 +145,6 @@ def test_what_it_is_and_what_it_stands_for():
     assert y.dequantize().dtype == torch.bfloat16
     assert y.dequantize(torch.float64).dtype == torch.float64
     step = x.float()[..., :64].abs().amax(-1, keepdim=True) / 127
-    assert bool(((y.dequantize(torch.float32) - x.float())[..., :64].abs() <= step / 2 * (1 + 1e-6)).all())
+    assert bool(
+        ((y.dequantize(torch.float32) - x.float())[..., :64].abs() <= 0.5001 * step).all()
+    )  # ties, and 127 / amax is rounded
