@@ -7,6 +7,7 @@ On a GPU the same cases run natively. What is not of the executor (the build, th
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -15,7 +16,9 @@ from dataclasses import replace
 import pytest
 import torch
 from simt.mutants import MUTANTS, build
+from test_int8_activations import WRITERS, differs
 
+import fastllm
 from fastllm.backends import cuda_executor, cuda_module
 from fastllm.measure.poison import poisoned as poisoned_outputs
 from fastllm.measure.verify import all_cases, case_inputs, device_of, forced, refusal, run_case, runs_here, to_device, too_slow
@@ -30,12 +33,23 @@ pytestmark = pytest.mark.skipif(
 on_executor = pytest.mark.skipif(not cuda_executor(), reason="the executor's: it has no GPU's equal")
 
 SEEDS = [int(seed) for seed in os.environ.get("FASTLLM_SIMT_SEEDS", "1 2 3").split()]
+
+
+def _long_rows(dtype, K):
+    def inputs(g):
+        x, residual = (torch.randn(2, K, generator=g).to(dtype) for _ in range(2))
+        weight = torch.randn(K, generator=g).to(dtype)
+        return {"x": x, "weight": weight, "residual": residual, "int8_group": 128}
+
+    return Case(f"long 2x{K} residual g128", dtype, inputs)
+
+
+# Of int8 outputs, more than the threads of a block hold.
+LONG_ROWS = [(all_cases()["rms_norm_int8"], _long_rows(*row)) for row in ((torch.bfloat16, 33000), (torch.float32, 16500))]
 CASES = [
     pytest.param(spec, case, id=f"{spec.op}-{case.name}-{case.dtype}")
-    for spec in all_cases().values()
-    if any(backend.name == "cuda" for backend in OPS[spec.op].backends)
-    for case in spec.cases
-    if not too_slow(case, None, "cuda")
+    for spec, case in [(spec, case) for spec in all_cases().values() for case in spec.cases] + LONG_ROWS
+    if any(backend.name == "cuda" for backend in OPS[spec.op].backends) and not too_slow(case, None, "cuda")
 ]
 
 
@@ -97,6 +111,61 @@ CASES_FOR_SM90 = [
 ]
 
 
+def _not_finite(dtype, **names):
+    nan = torch.tensor(0x7FC00001).int().view(torch.float32)  # its lowest byte is no 0: a GPU's own has 0xff there
+
+    def inputs(g):
+        tensors = {name: torch.randn(*shape, generator=g).to(dtype) for name, shape in names.items()}
+        a, b = tensors.values()
+        a[0, 3], a[1, 35], a[2] = torch.inf, nan, 1e-33
+        b.view(-1, 40)[-1, 0] = torch.inf  # not in the group that ends past the row's end
+        return {**tensors, "int8_group": 32}
+
+    return Case(f"infinities and NaN in {next(iter(names))}", dtype, inputs)
+
+
+# PyTorch's own way has other NaN than what int8 makes of a group: for the bits alone.
+NOT_FINITE = [
+    pytest.param(all_cases()[f"{op}_int8"], case, id=f"{op}_int8-{case.name}-{case.dtype}")
+    for dtype in (torch.float32, torch.bfloat16)
+    for op, case in (
+        ("rms_norm", _not_finite(dtype, x=(4, 40), weight=(40,))),
+        ("gated_activation", _not_finite(dtype, gate=(4, 40), up=(4, 40))),
+    )
+]
+
+
+@pytest.mark.parametrize(("spec", "case"), [p for p in CASES if p.values[0].op in WRITERS] + NOT_FINITE)
+def test_int8_outputs_are_the_result_rounded(spec, case):
+    inputs = to_device(case_inputs(spec, case), device_of("cuda"))
+    with forced("cuda"):
+        why = refusal(spec, inputs, "cuda")
+        if why is not None:
+            pytest.skip(why)
+        assert not differs(spec, inputs)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_integers_that_a_norm_or_a_gate_wrote_give_the_bits_of_a_product_that_rounds(dtype, bits):
+    """And take no launch of their own."""
+    g = torch.Generator().manual_seed(bits)
+    x, gate = torch.randn(13, 160, generator=g).to(dtype), torch.randn(13, 320, generator=g).to(dtype)
+    w = fastllm.quantize(torch.randn(48, 160, generator=g), bits, 32)
+    x, gate, w = (t.to(device_of("cuda")) for t in (x, gate, w))
+    with forced("cuda"):
+        for op in (functools.partial(fastllm.rms_norm, x, None), functools.partial(fastllm.gated_activation, gate)):
+            expected = fastllm.quant_matmul(op(), w, activations="int8")
+            before = _launches_that_round()
+            y = fastllm.quant_matmul(op(int8_group=32), w)
+            assert y.dtype == dtype and torch.equal(y, expected)
+            assert _launches_that_round() == before
+
+
+def _launches_that_round():
+    return cuda_module().launches()["quant_matmul, x in int8"]["count"] if cuda_executor() else 0
+
+
 @pytest.fixture
 def hopper():
     cuda_module().use_capability(90)
@@ -146,6 +215,16 @@ def test_bits_do_not_depend_on_the_order_of_threads():
 CHOSEN = MUTANTS if os.environ.get("FASTLLM_MUTANTS") != "one" else [*{m.file: m for m in reversed(MUTANTS)}.values()]
 
 
+def _faults(spec, case):
+    """What is wrong with a case's results, in words."""
+    if all(case is not p.values[1] for p in NOT_FINITE):
+        verdict = run_case(spec, case, device="cpu")
+        if not verdict.ok:
+            yield verdict.why
+    if spec.op in WRITERS and (what := differs(spec, case_inputs(spec, case))):
+        yield f"{what} are not those of the result rounded"
+
+
 @on_executor
 @pytest.mark.parametrize("mutant", CHOSEN, ids=lambda m: f"{m.file}: {m.what}")
 def test_a_wrong_kernel_fails(mutant, tmp_path, monkeypatch):
@@ -155,7 +234,7 @@ def test_a_wrong_kernel_fails(mutant, tmp_path, monkeypatch):
         if importlib.util.find_spec(f"{name}.cuda"):
             monkeypatch.setattr(importlib.import_module(f"{name}.cuda"), "_cuda", module)
     caught = []
-    for spec, case in (p.values for p in CASES + CASES_FOR_SM90):
+    for spec, case in (p.values for p in CASES + CASES_FOR_SM90 + NOT_FINITE):
         if not all(word in f"{spec.op}-{case.name}-{case.dtype}" for word in mutant.cases.split(" and ")):
             continue
         with forced("cuda"):
@@ -164,11 +243,9 @@ def test_a_wrong_kernel_fails(mutant, tmp_path, monkeypatch):
             for seed in SEEDS:
                 module.seed(seed)
                 try:
-                    verdict = run_case(spec, case, device="cpu")
+                    caught += _faults(spec, case)
                 except RuntimeError as error:  # the executor's: a deadlock, lanes in different instructions
                     caught.append(str(error))
-                else:
-                    caught += [] if verdict.ok else [verdict.why]
         if caught:
             break
     assert caught

@@ -1,6 +1,7 @@
 """int8 results are to the bit those of a float result rounded afterwards, and quant_matmul multiplies the same integers.
 
-The cases' values are held to the tolerance rule in test_ops.py; here are integers, scales and sums, on every backend that runs.
+The cases' values are held to the tolerance rule in test_ops.py; here are integers, scales and sums, on every backend that runs
+(test_cuda.py and test_triton.py ask for theirs where GPUs are simulated).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 
 import fastllm
 from fastllm import Int8Activations, backends
-from fastllm.measure.verify import case_inputs, device_of, forced, runs_here, select_cases, to_device, too_slow
+from fastllm.measure.verify import case_inputs, device_of, forced, refusal, runs_here, select_cases, to_device, too_slow
 from fastllm.ops._explain import ops_reached
 from fastllm.quant import activation_group, quantize
 
@@ -52,20 +53,30 @@ def sums_of(y: Int8Activations):
     return padded.unflatten(-1, (-(-k // g), g)).sum(-1)
 
 
+def differs(spec, inputs):
+    """How what the op writes in int8 differs from its float result rounded afterwards, in words; "" if in nothing."""
+    with torch.no_grad():
+        y = spec.call(**inputs)
+        plain = spec.call(**{name: value for name, value in inputs.items() if name != "int8_group"})
+    rounded, expected = first(y), Int8Activations.of(first(plain), inputs["int8_group"])
+    alike = {
+        "dtype, group or shape": repr(rounded) == repr(expected),
+        "integers": rounded.data.equal(expected.data),
+        "scales or sums": same(rounded.groups, expected.groups),
+        "sums of its own integers": rounded.groups[..., 1].equal(sums_of(rounded).float()),
+        "h": not isinstance(plain, tuple) or same(y[1], plain[1]),
+    }
+    return ", ".join(what for what, is_equal in alike.items() if not is_equal)
+
+
 @pytest.mark.parametrize(("spec", "case", "backend", "isa"), [p for op in WRITERS for p in on_every_place(op)])
 def test_it_is_the_float_result_rounded(spec, case, backend, isa):
     inputs = to_device(case_inputs(spec, case), device_of(backend))
-    with forced(backend, isa), torch.no_grad():
-        y = spec.call(**inputs)
-        group = inputs.pop("int8_group")
-        plain = spec.call(**inputs)
-    rounded, expected = first(y), Int8Activations.of(first(plain), group)
-    assert (rounded.dtype, rounded.group_size, rounded.shape) == (expected.dtype, group, expected.shape)
-    assert rounded.data.equal(expected.data)
-    assert same(rounded.groups, expected.groups)
-    assert rounded.groups[..., 1].equal(sums_of(rounded).float())
-    if isinstance(plain, tuple):
-        assert same(y[1], plain[1])
+    with forced(backend, isa):
+        why = refusal(spec, inputs, backend)
+        if why is not None:
+            pytest.skip(why)
+        assert not differs(spec, inputs)
 
 
 BITS = [(bits, group, k) for bits in (4, 8) for group, k in ((32, 544), (64, 192), (128, 640), (-1, 131), (-1, 1031))]
@@ -138,13 +149,13 @@ def test_sums_that_are_nobodys_do_no_harm():
 
 
 def test_what_it_is_and_what_it_stands_for():
-    x = torch.randn(2, 3, 100).bfloat16()
+    x = torch.randn(2, 3, 100, generator=torch.Generator().manual_seed(1)).bfloat16()
     y = Int8Activations.of(x, 64)
     assert (y.shape, y.groups.shape, y.nbytes) == (x.shape, (2, 3, 2, 2), 600 + 96)
     assert repr(y) == "Int8Activations((2, 3, 100), group_size=64, of torch.bfloat16)"
     assert y.dequantize().dtype == torch.bfloat16
     assert y.dequantize(torch.float64).dtype == torch.float64
     step = x.float()[..., :64].abs().amax(-1, keepdim=True) / 127
-    assert bool(
-        ((y.dequantize(torch.float32) - x.float())[..., :64].abs() <= 0.5001 * step).all()
-    )  # ties, and 127 / amax is rounded
+    # x * (127 / amax) is up to 127, and has been rounded twice where it is rounded to an integer.
+    slack = 1 + 2 * 127 * torch.finfo(torch.float32).eps
+    assert bool(((y.dequantize(torch.float32) - x.float())[..., :64].abs() <= step / 2 * slack).all())

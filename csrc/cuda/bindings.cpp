@@ -28,6 +28,22 @@ Place place_of(const TensorView& x) {
   return place;
 }
 
+Int8Output int8_output(const char* name, const TensorView& data, const TensorView& groups, int64_t rows, int64_t K,
+                       int64_t group_size) {
+  FASTLLM_CHECK(group_size == 32 || group_size == 64 || group_size == 128, name, ": group_size is ", group_size,
+                ", expected 32, 64 or 128");
+  Int8Output to{};
+  to.num_groups = static_cast<int>((K + group_size - 1) / group_size);
+  FASTLLM_CHECK(data.dtype == DType::i8 && data.contiguous_from(0) && data.numel() == rows * K, name,
+                ": data must be int8, contiguous and as large as the result");
+  FASTLLM_CHECK(groups.dtype == DType::f32 && groups.contiguous_from(0) && groups.numel() == rows * to.num_groups * 2,
+                name, ": groups must be fp32, contiguous, ", to.num_groups, " pairs for each row");
+  to.data = data.as<int8_t>();
+  to.groups = groups.as<float>();
+  to.group_log2 = group_size == 32 ? 5 : group_size == 64 ? 6 : 7;
+  return to;
+}
+
 namespace {
 
 #ifdef FASTLLM_SIMT

@@ -82,9 +82,11 @@ struct BitsOf<1> {
   using type = uint8_t;
 };
 
+// is_there: else zeros, and nothing is read.
 template <typename T, int N>
-__device__ __forceinline__ Pack<T, N> load_pack(const T* from) {
-  const auto bits = *reinterpret_cast<const typename BitsOf<sizeof(T) * N>::type*>(from);
+__device__ __forceinline__ Pack<T, N> load_pack(const T* from, bool is_there = true) {
+  typename BitsOf<sizeof(T) * N>::type bits{};
+  if (is_there) bits = *reinterpret_cast<const decltype(bits)*>(from);
   Pack<T, N> pack;
   memcpy(&pack, &bits, sizeof(pack));
   return pack;

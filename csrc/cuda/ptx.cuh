@@ -89,6 +89,13 @@ __device__ __forceinline__ float reciprocal(float x) {
   return result;
 }
 
+// The larger of two, NaN where one is NaN. 9.7.3.12, max.NaN.f32.
+__device__ __forceinline__ float largest(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 // No instruction: from here on the compiler takes the register for a new value, and does not keep in further registers
 // what it had made of the old one.
 __device__ __forceinline__ void make_opaque(unsigned& x) { asm volatile("" : "+r"(x)); }

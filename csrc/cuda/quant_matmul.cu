@@ -186,13 +186,13 @@ __global__ void __launch_bounds__(kCopyThreads) add_splits_kernel(AddSplitsArgs 
 
 struct Plan {
   Cut cut;
-  bool arrange;                     // x is copied first
-  int x_group, x_groups, x_tokens;  // int8 activations
-  int64_t x_columns;                // a row's, of what the product reads
+  bool arrange, quantize;     // x is copied first, or rounded to integers
+  int x_group, num_x_groups;  // int8 activations
+  int64_t x_columns;          // a row's, of what the product reads
   int64_t x_floats, group_floats, part_floats;
 };
 
-// Whether the product can read x where it is: rows at one stride, in 16 bytes.
+// Whether the product can read floats where they are: rows at one stride, in 16 bytes.
 bool is_readable(const QuantMatmulArgs& a) {
   return a.x_rows.ndim <= 1 && a.K % 8 == 0 && is_aligned(a.x, 16) && rows_are_aligned(a.x_rows, 8);
 }
@@ -216,19 +216,18 @@ Plan plan_of(const QuantMatmulArgs& a, int device) {
   plan.x_columns = a.K;
   if (a.int8_activations) {
     plan.x_group = a.group_size == 32 || a.group_size == 64 ? a.group_size : 128;
-    const int unit = kUnitSteps * kStepColumns;
-    plan.x_groups = ceil_div(a.K, unit) * (unit / plan.x_group);  // whole units: products go that far
-    plan.x_columns = static_cast<int64_t>(plan.x_groups) * plan.x_group;
-    const int tile = plan.cut.tiles * kTokens;
-    plan.x_tokens = ceil_div(a.M, tile) * tile;
-    plan.x_floats = plan.x_tokens * plan.x_columns / 4;
-    plan.group_floats = static_cast<int64_t>(plan.x_groups) * plan.x_tokens * 2;
+    plan.num_x_groups = ceil_div(a.K, plan.x_group);
+    plan.quantize = a.x_groups == nullptr;
+    if (plan.quantize) {
+      plan.x_columns = static_cast<int64_t>(plan.num_x_groups) * plan.x_group;
+      plan.x_floats = a.M * plan.x_columns / 4;  // whole pieces of 16 bytes, which copies and the groups behind need
+      plan.group_floats = a.M * plan.num_x_groups * 2;
+    }
   } else if (!is_readable(a)) {
     plan.arrange = true;
     plan.x_columns = (a.K + 7) / 8 * 8;
     plan.x_floats = a.M * plan.x_columns / 2;
   }
-  // Each piece of the workspace starts at a multiple of 16 bytes: rows are of 16 bytes, and so are two tokens' groups.
   if (plan.cut.splits > 1) plan.part_floats = plan.cut.splits * a.M * a.N;
   return plan;
 }
@@ -250,8 +249,8 @@ int64_t quant_matmul_workspace(const QuantMatmulArgs& a, int device) {
 void quant_matmul(const QuantMatmulArgs& a, Place place) {
   if (a.M == 0) return;
   const Plan plan = plan_of(a, place.device);
-  float* x_groups = a.workspace + plan.x_floats;
-  float* parts = x_groups + plan.group_floats;
+  float* made_groups = a.workspace + plan.x_floats;
+  float* parts = made_groups + plan.group_floats;
   const bool split = plan.cut.splits > 1;
 
   ProductArgs p{};
@@ -263,16 +262,15 @@ void quant_matmul(const QuantMatmulArgs& a, Place place) {
     launch("quant_matmul, rows of x", arrange_kernel, shape,
            ArrangeArgs{static_cast<const uint16_t*>(a.x), a.x_rows, a.M, a.K, plan.x_columns, to}, place);
   }
-  if (a.int8_activations) {
+  if (plan.quantize) {
     auto* q = reinterpret_cast<int8_t*>(a.workspace);
-    quantize_activations({a.x, a.dtype, a.x_rows, a.M, a.K, plan.x_group, plan.x_groups, plan.x_tokens, q, x_groups},
-                         place);
+    quantize_activations({a.x, a.dtype, a.x_rows, a.M, a.K, plan.x_group, plan.num_x_groups, q, made_groups}, place);
   }
-  if (plan.arrange || a.int8_activations) {
+  if (plan.arrange || plan.quantize) {
     p.x = a.workspace;
     p.x_stride = plan.x_columns;
   }
-  p.x_groups = x_groups;
+  p.x_groups = plan.quantize ? made_groups : a.x_groups;
   p.data = a.data;
   p.scale = static_cast<const uint8_t*>(a.scale);
   p.minimum = static_cast<const uint8_t*>(a.minimum);
@@ -288,7 +286,7 @@ void quant_matmul(const QuantMatmulArgs& a, Place place) {
   p.steps = ceil_div(a.K, kStepColumns);
   p.group_shift = a.groups == 1 ? 31 : log2_of(a.group_size / kStepColumns);
   p.x_group_shift = a.int8_activations ? log2_of(plan.x_group / kStepColumns) : 0;
-  p.x_tokens = plan.x_tokens;
+  p.num_x_groups = plan.num_x_groups;
   const int center = 1 << (a.bits - 1);
   p.center_minus_zero = static_cast<float>(center - a.zero);
   p.has_offset = a.minimum != nullptr || center != a.zero;

@@ -2,7 +2,7 @@
 // bytes are summed exactly in int32 over a group, groups in fp32.
 //
 //   u = q - center, an int8; offset = minimum + (center - zero) * scale, so w = u * scale + offset
-//   y += sum(u xq) * (scale * sx) + offset * (sx * sum(xq))
+//   y += sum(u xq) * (scale * sx) + offset * (sx * sum(xq))       sx, sum(xq) of x's group: int8_groups.cuh
 //
 //   a matrix instruction's 32 columns are the 8 of each lane: registers hold columns 0-3 and 4-7, of x too, in order.
 //   8 bits: two dwords, the sign bit flipped. 4 bits: nibbles of one dword in the upper halves of bytes, 16 u; the
@@ -11,10 +11,13 @@
 // Bytes: the weight's, as with float activations; x is small. Instructions a step of 4 bits (4 dwords a lane), of which
 // 34 a dword fit: 12 to unpack, 2 products, and where a group of x ends 8 subtractions, 8 scales and 16 fma: 75 in
 // groups of 32 and some 40 in groups of 128, 18 to 26 a dword with the copies' share. Memory is the limit: 80 % of 4.3
-// TB/s expected on large weights, and with more tokens than float activations before the arithmetic shows. Quantising x
-// is a launch of its own, some 2 us, which a small product does not hide.
+// TB/s expected on large weights, and with more tokens than float activations before the arithmetic shows.
+//
+// Quantising x is a launch of its own, some 2 us, which a small product does not hide, and in bf16 moves 3 K bytes a
+// token and the groups'. Where the op before has written integers (rms_norm_int8, gated_activation_int8) it is not
+// there: they are read where they lie, and nothing but splits of K needs a workspace.
+#include "int8_groups.cuh"
 #include "quant_matmul_kernel.cuh"
-#include "reduce.cuh"
 
 namespace fastllm::cuda {
 namespace {
@@ -78,9 +81,17 @@ struct Int8Math {
   static __device__ __forceinline__ void close(float (&acc)[2][4], const Sums& sums, const float (&scale)[4],
                                                const float (&offset)[4], uint2, const ProductArgs& a, int step,
                                                int64_t token) {
-    const int64_t group = step >> a.x_group_shift;
-    const float4 x = *reinterpret_cast<const float4*>(a.x_groups + (group * a.x_tokens + token) * 2);
-    const float x_scale[2] = {x.x, x.z}, x_sum[2] = {x.y, x.w};
+    // Tokens past M take the last one's, for nobody. A group past K has none: 0 here, as its integers are.
+    const int group = step >> a.x_group_shift;
+    const bool is_there = group < a.num_x_groups;
+    float x_scale[2], x_sum[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int64_t m = token + c < a.M ? token + c : a.M - 1;
+      const float2 x = reinterpret_cast<const float2*>(a.x_groups)[m * a.num_x_groups + (is_there ? group : 0)];
+      x_scale[c] = is_there ? x.x : 0.0f;
+      x_sum[c] = x_scale[c] * x.y;
+    }
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
 #pragma unroll
@@ -96,7 +107,6 @@ struct Int8Math {
 // ---------------------------------------------------------------- activations to integers
 
 constexpr int kQuantizeWarps = 4;
-constexpr float kTiny = 7.888609052210118e-31f;  // 2^-100: a group below counts as zero
 
 // A warp: one group of one token.
 template <typename T>
@@ -104,34 +114,28 @@ __global__ void __launch_bounds__(32 * kQuantizeWarps) quantize_kernel(QuantizeA
   constexpr int kMost = 4;  // elements a lane
   const int lane = threadIdx.x % 32;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kQuantizeWarps + threadIdx.x / 32, group = blockIdx.y;
-  if (token >= a.tokens) return;
-  const T* x = static_cast<const T*>(a.x) + (token < a.M ? row_offset(a.x_rows, token) : 0);
+  if (token >= a.M) return;
+  const T* x = static_cast<const T*>(a.x) + row_offset(a.x_rows, token);
   float values[kMost];
   float largest = 0.0f;
 #pragma unroll
   for (int e = 0; e < kMost; ++e) {
     const int64_t within = e * 32 + lane, k = group * a.group + within;
-    values[e] = token < a.M && within < a.group && k < a.K ? widen(x[k]) : 0.0f;
+    values[e] = within < a.group && k < a.K ? widen(x[k]) : 0.0f;
     largest = Largest()(largest, fabsf(values[e]));
   }
-  largest = reduce_lanes<32>(largest, Largest());
-  const bool finite = largest < INFINITY, usable = finite && largest >= kTiny;
-  const float inverse = usable ? 127.0f / largest : 0.0f;
+  const Int8Scale scale = int8_scale(reduce_lanes<32>(largest, Largest()));
   int sum = 0;
-  int8_t* q = a.q + (token * a.groups + group) * a.group;
+  int8_t* q = a.q + (token * a.num_groups + group) * a.group;
 #pragma unroll
   for (int e = 0; e < kMost; ++e) {
-    const int rounded = usable ? static_cast<int>(rintf(values[e] * inverse)) : 0;
+    const auto rounded = static_cast<int8_t>(scale.inverse != 0.0f ? int8_bits(values[e], scale.inverse) : 0);
     sum += rounded;
-    if (e * 32 + lane < a.group) q[e * 32 + lane] = static_cast<int8_t>(rounded);
+    if (e * 32 + lane < a.group) q[e * 32 + lane] = rounded;
   }
   sum = reduce_lanes<32>(sum, Sum());
-  if (lane == 0) {
-    const float scale = usable ? largest / 127.0f : finite ? 0.0f : NAN;
-    float* to = a.x_groups + (group * a.tokens + token) * 2;
-    to[0] = scale;
-    to[1] = scale * static_cast<float>(sum);
-  }
+  if (lane == 0)
+    reinterpret_cast<float2*>(a.x_groups)[token * a.num_groups + group] = {scale.step, static_cast<float>(sum)};
 }
 
 }  // namespace
@@ -141,7 +145,7 @@ void launch_int8_product(const ProductArgs& a, int bits, const Cut& cut, Place p
 }
 
 void quantize_activations(const QuantizeArgs& a, Place place) {
-  const Shape shape{dim3(ceil_div(a.tokens, kQuantizeWarps), static_cast<unsigned>(a.groups)), 32 * kQuantizeWarps};
+  const Shape shape{dim3(ceil_div(a.M, kQuantizeWarps), static_cast<unsigned>(a.num_groups)), 32 * kQuantizeWarps};
   const auto body = [&](auto t) { launch("quant_matmul, x in int8", quantize_kernel<decltype(t)>, shape, a, place); };
   FASTLLM_FOR_FLOAT(a.dtype, body)
 }

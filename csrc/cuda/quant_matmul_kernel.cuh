@@ -51,7 +51,7 @@ constexpr int kStages = 3;
 
 struct ProductArgs {
   const void* x;          // (M, K) at a stride of x_stride elements: floats, or the integers of int8 activations
-  const float* x_groups;  // int8: (groups of x, x_tokens, 2): scale, and scale * sum of the integers
+  const float* x_groups;  // int8: (M, num_x_groups, 2): scale, sum of the integers (int8_groups.cuh)
   const uint8_t* data;
   const uint8_t *scale, *minimum;
   const void* bias;
@@ -61,7 +61,7 @@ struct ProductArgs {
   int K, lines, groups, steps;
   int group_shift;    // step >> group_shift is the weight's group
   int x_group_shift;  // int8: step >> x_group_shift is the group of x
-  int x_tokens;
+  int num_x_groups;
   float center_minus_zero;  // w = u * scale + offset, offset = minimum + center_minus_zero * scale
   bool has_offset;
 };
@@ -358,9 +358,9 @@ struct QuantizeArgs {
   DType dtype;
   Rows x_rows;
   int64_t M, K;
-  int group, groups, tokens;  // tokens: M and padding, whose scales are 0
-  int8_t* q;                  // (tokens, groups * group), columns past K are 0
-  float* x_groups;            // (groups, tokens, 2)
+  int group, num_groups;
+  int8_t* q;        // (M, num_groups * group), columns past K are 0
+  float* x_groups;  // (M, num_groups, 2): scale, sum of the integers
 };
 void quantize_activations(const QuantizeArgs& a, Place place);
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "launch.h"
+#include "ptx.cuh"
 
 namespace fastllm::cuda {
 
@@ -15,7 +16,7 @@ struct Sum {
 };
 // Of magnitudes: a NaN is larger than everything, where fmaxf would drop it.
 struct Largest {
-  __device__ __forceinline__ float operator()(float a, float b) const { return a >= b || a != a ? a : b; }
+  __device__ __forceinline__ float operator()(float a, float b) const { return ptx::largest(a, b); }
 };
 
 // Over kLanes neighbouring lanes; each of them gets the result.
@@ -24,6 +25,17 @@ __device__ __forceinline__ T reduce_lanes(T x, Operation operation) {
 #pragma unroll
   for (int distance = kLanes / 2; distance > 0; distance /= 2)
     x = operation(x, __shfl_xor_sync(kWholeWarp, x, distance));
+  return x;
+}
+
+// The same where only the launch knows how many lanes: a power of two from kFewest to kMost.
+template <int kFewest, int kMost, typename T, typename Operation>
+__device__ __forceinline__ T reduce_some_lanes(T x, int lanes, Operation operation) {
+#pragma unroll
+  for (int distance = 1; distance < kMost; distance *= 2) {
+    const T other = __shfl_xor_sync(kWholeWarp, x, distance);
+    if (distance < kFewest || distance < lanes) x = operation(x, other);
+  }
   return x;
 }
 

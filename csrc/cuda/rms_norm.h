@@ -1,6 +1,7 @@
 #pragma once
 
 #include "../rows.h"
+#include "int8_output.h"
 #include "launch.h"
 
 namespace fastllm::cuda {
@@ -8,6 +9,7 @@ namespace fastllm::cuda {
 struct RmsNormArgs {
   const void *x, *weight, *residual;  // (rows, K), (K), (rows, K); weight and residual may be null
   void *y, *sum;                      // (rows, K) contiguous; sum = x + residual, null without a residual
+  Int8Output int8;                    // what y becomes, where it has data
   DType dtype;                        // of all of them
   int64_t rows, K;
   Rows x_rows, residual_rows;

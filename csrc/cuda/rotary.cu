@@ -10,15 +10,13 @@
 // Bytes: 2 (H + 2 Hk) D elements a token and one row of cos and of sin, which the token's heads share in the first
 // cache; 6 flops for 4 bytes in bf16: copying is the limit from some 500 tokens on. A decode step's few tokens are one
 // wave of blocks: its time is the launch and two dependent loads (position, then angles), about 3 us.
-#include "dtypes.cuh"
-#include "reduce.cuh"
+#include "int8_groups.cuh"
 #include "rotary.h"
 
 namespace fastllm::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr float kTiny = 0x1p-100f;  // TINY of fastllm/quant/rounding.py: 127 / amax must be finite
 
 // Angles at `from`, of fp32 or of T.
 template <typename T, int kVec>
@@ -62,7 +60,7 @@ template <int kVec>
 __device__ __forceinline__ void store_int8(void* out, int64_t at, const Floats<kVec>& y, float inverse) {
   Pack<int8_t, kVec> q;
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) q.at[i] = inverse != 0.0f ? static_cast<int8_t>(rintf(y.at[i] * inverse)) : int8_t{0};
+  for (int i = 0; i < kVec; ++i) q.at[i] = static_cast<int8_t>(inverse != 0.0f ? int8_bits(y.at[i], inverse) : 0);
   store_pack<int8_t, kVec>(static_cast<int8_t*>(out) + at, q);
 }
 
@@ -167,13 +165,10 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(RotaryArgs a) {
       if (step * kLanes + lane < rest) look(widened(copied[step]));
     }
     largest = reduce_lanes<kLanes>(largest, Largest());
-    const bool is_finite = largest < __int_as_float(0x7f800000);
-    const bool is_usable = is_finite && largest >= kTiny;
-    inverse = is_usable ? 127.0f / largest : 0.0f;
-    if (writes && x.scale != nullptr && lane == 0) {
-      float& scale = x.scale[piece * x.scale_strides[0] + head * x.scale_strides[1] + slot * x.scale_strides[2]];
-      scale = is_usable ? largest / 127.0f : is_finite ? 0.0f : __int_as_float(0x7fffffff);
-    }
+    const Int8Scale scale = int8_scale(largest);
+    inverse = scale.inverse;
+    if (writes && x.scale != nullptr && lane == 0)
+      x.scale[piece * x.scale_strides[0] + head * x.scale_strides[1] + slot * x.scale_strides[2]] = scale.step;
   }
   if (!writes) return;
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.library import Library
 
@@ -20,7 +21,16 @@ from ..backends import Backend
 from ..errors import no_backend_error
 from ._launch import gpu_of
 
-__all__ = ["OPS", "Op", "empty", "note_write", "refuse_gradient", "refuse_unless_cpu", "refuse_unless_cuda"]
+__all__ = [
+    "OPS",
+    "Op",
+    "empty",
+    "note_write",
+    "refuse_gradient",
+    "refuse_unless_cpu",
+    "refuse_unless_cuda",
+    "refuse_unless_vectors",
+]
 
 _library = Library("fastllm", "DEF")
 OPS: dict[str, Op] = {}
@@ -217,4 +227,30 @@ def refuse_unless_cuda(*tensors: torch.Tensor | None) -> str | None:
             return "it has no kernels for AMD's GPUs" if gpu.hip else _backends.cuda_refusal(gpu.major, gpu.minor)
         if not (t.is_cpu and _cuda_runs_here):
             return f"it takes CUDA tensors, not {t.device.type}"
+    return None
+
+
+def refuse_unless_vectors(what: str, **tensors: torch.Tensor | None) -> str | None:
+    """Why rows of these tensors can't be read 16 bytes at a time, or None."""
+    for name, t in tensors.items():
+        if t is not None and (why := _unaligned(t)):
+            return f"it reads {what} in pieces of 16 bytes at addresses that are multiples of 16; {name} {why}"
+    return None
+
+
+def _unaligned(x: torch.Tensor) -> str | None:
+    if not x.numel():
+        return None
+    *rows, last = x.shape
+    if x.stride(-1) != 1 and last != 1:
+        return f"has stride {x.stride(-1)} in its last dim, not 1"
+    if last * x.element_size() % 16:
+        return f"has rows of {last} elements of {x.element_size()} bytes"
+    # `explain` asks with tensors that have no memory.
+    address = x.storage_offset() * x.element_size() if isinstance(x, FakeTensor) else x.data_ptr()
+    if address % 16:
+        return "lies at one that is not"
+    for n, stride in zip(rows, x.stride()):
+        if n > 1 and stride * x.element_size() % 16:
+            return f"has strides {tuple(x.stride())} in elements of {x.element_size()} bytes, which lead to others"
     return None

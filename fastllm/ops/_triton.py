@@ -112,6 +112,11 @@ class Rows:
     s2: int
 
     @property
+    def evenly(self) -> bool:
+        """Whether they all lie at one stride, s2."""
+        return self.count == self.n2
+
+    @property
     def args(self) -> tuple[int, int, int, int, int]:
         return self.n1, self.n2, self.s0, self.s1, self.s2
 

@@ -62,6 +62,27 @@ def int8_round(x, inverse):
 
 
 @triton.jit
+def store_int8_groups(data_ptr, groups_ptr, row, first, y, inside, K, GROUP: tl.constexpr):
+    """y (M, BLOCK) in fp32, columns first, first + 1, ... of rows ``row`` (M,) that are ``inside`` (M, 1), as int8 (rows, K) and, for
+    each GROUP columns, its scale and the sum of its integers, (rows, ceil(K / GROUP), 2). Columns past K have to be 0."""
+    COUNT: tl.constexpr = y.shape[1] // GROUP
+    grouped = tl.reshape(y, [y.shape[0], COUNT, GROUP])
+    size = tl.abs(grouped)
+    # Asked of each element: a GPU's maximum drops NaN.
+    finite = tl.min((size < float("inf")).to(tl.int32), 2) != 0
+    scale, inverse = int8_scale(tl.where(finite, tl.max(size, 2), 1.0), finite)
+    q = int8_round(grouped, inverse[:, :, None])
+    k = first + tl.arange(0, y.shape[1])[None, :]
+    tl.store(data_ptr + (row * K)[:, None] + k, tl.reshape(q, y.shape).to(tl.int8), mask=inside & (k < K))
+    groups = tl.cdiv(K, GROUP)
+    group = first // GROUP + tl.arange(0, COUNT)[None, :]
+    at = ((row * groups)[:, None] + group) * 2
+    both = tl.arange(0, 2)[None, None, :]
+    there = inside & (group < groups)
+    tl.store(groups_ptr + at[:, :, None] + both, tl.join(scale, tl.sum(q, 2)), mask=there[:, :, None])
+
+
+@triton.jit
 def tanh(x, PRECISE: tl.constexpr):
     """1 - 2 / (e^2|x| + 1), safe where e^2|x| is infinite; its error is absolute, so that fp32 takes Cephes' polynomial for
     small x."""

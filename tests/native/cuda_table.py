@@ -30,7 +30,12 @@ WIDE_LOAD = (
 WIDE_STORE = r"st\.global[.\w]*\.v4\.(u32|b32|f32|s32)|st\.global[.\w]*\.v2\.(u64|b64|f64)"
 # "kernel<template arguments> sm_90a" -> what its PTX must hold.
 EXPECTED = [
-    (r"^(rms_norm|gated_activation)_kernel<\w+, (4|8), ", {"16-byte loads": WIDE_LOAD, "16-byte stores": WIDE_STORE}),
+    (r"^(rms_norm|gated_activation)_kernel<\w+, (4|8), .*false> ", {"16-byte loads": WIDE_LOAD, "16-byte stores": WIDE_STORE}),
+    (
+        r"^(rms_norm|gated_activation)_kernel<\w+, (4|8), .*true> ",  # to int8: a vector's integers, and a scale and a sum
+        {"16-byte loads": WIDE_LOAD, "stores of whole groups": r"st\.global[.\w]*\.v2\.(f32|b32)"},
+    ),
+    (r"^(rms_norm|gated_activation)_kernel<\w+, 8, .*true> ", {"8-byte stores": r"st\.global[.\w]*\.v2\.(u32|b32)"}),
     (r"^rotary_kernel<\w+, (4|8), ", {"16-byte loads": WIDE_LOAD}),
     (
         r"^quant_product_kernel<FloatMath<bf16",

@@ -38,7 +38,17 @@ MUTANTS = [
     Mutant("reduce.cuh", "sums are read before all are there", "    __syncthreads();\n", "", "rms_norm and 576"),
     Mutant("reduce.cuh", "a warp's last step is left out", "distance > 0", "distance > 1", "rms_norm and 131"),
     Mutant("gated_activation.cu", "silu for gelu", "a.gelu_tanh ?", "false ?", "gated_activation and gelu"),
-    Mutant("gated_activation.cu", "the second vector is the first", "first + v * kThreads * kVec;\n    if (i < a.I)", "first;\n    if (i < a.I)", "gated_activation"),
+    Mutant("gated_activation.cu", "the second vector is the first", "first + v * kThreads * kVec;\n    if (has_work(i)) {", "first;\n    if (has_work(i)) {", "gated_activation"),
+    Mutant("rms_norm.cu", "int8: lanes past K do not take part", "kInt8 ? k - threadIdx.x % 32 * kVec : k", "k", "rms_norm_int8 and 200"),
+    Mutant("rms_norm.cu", "int8: of what was not rounded to the dtype", "row, k, K, widened(rounded)", "row, k, K, y", "rms_norm_int8 and 33x576 and bfloat16"),
+    Mutant("rms_norm.cu", "int8: lanes past K bring the first column's weight", "load_pack<T, kVec>(weight + k, k < K)", "load_pack<T, kVec>(weight + (k < K ? k : 0))", "rms_norm_int8 and infinities"),
+    Mutant("gated_activation.cu", "int8: lanes past I do not take part", "kInt8 ? i - threadIdx.x % 32 * kVec : i", "i", "gated_activation_int8 and 200"),
+    Mutant("gated_activation.cu", "int8: of what was not rounded to the dtype", "row, i, a.I, widened(rounded)", "row, i, a.I, h", "gated_activation_int8 and 320 and bfloat16"),
+    Mutant("reduce.cuh", "a group of integers is of half its lanes", "distance < lanes)", "distance < lanes / 2)", "rms_norm_int8 and g64"),
+    Mutant("int8_groups.cuh", "a group's scale and sum go to its neighbour", "row * to.num_groups + group]", "row * to.num_groups + (group + 1) % to.num_groups]", "rms_norm_int8 and g32"),
+    Mutant("int8_groups.cuh", "the sum is of values, cut off", "sum = __dp4a(static_cast<int>(four), 0x01010101, sum);", "for (int j = 0; j < 4; ++j) sum += static_cast<int>(y.at[i + j] * scale.inverse);", "rms_norm_int8 and g32"),
+    Mutant("int8_groups.cuh", "two integers change places", "__byte_perm(bits[0], bits[1], 0x0040)", "__byte_perm(bits[1], bits[0], 0x0040)", "gated_activation_int8 and 320"),
+    Mutant("int8_groups.cuh", "an infinity times 0 is an integer", "scale.inverse != 0.0f ? __byte_perm(low, high, 0x5410) : 0", "__byte_perm(low, high, 0x5410)", "gated_activation_int8 and infinities"),
     Mutant("rotary.cu", "sine's sign", "left * cos_left - right * sin_left", "left * cos_left + right * sin_left", "rotary"),
     Mutant("rotary.cu", "halves for neighbours", "a.interleaved && kVec > 1", "false && kVec > 1", "rotary and interleaved"),
     Mutant("rotary.cu", "the rest of the lanes is not copied", "(a.D - turned) / kVec", "0", "rotary"),
@@ -56,10 +66,12 @@ def build(mutant: Mutant, folder: Path) -> ModuleType:
     changed = folder / "cuda"  # beside a "..", as csrc/cuda is
     changed.mkdir()
     (changed / mutant.file).write_text(text.replace(mutant.line, mutant.wrong))
-    units = [mutant.file] if mutant.file.endswith(".cu") else [p.name for p in SOURCES.glob("*.cu") if includes(p, mutant.file)]
-    for unit in units:
-        if unit != mutant.file:
-            (changed / unit).write_text((SOURCES / unit).read_text())
+    # A header is looked for beside who includes it: all that lies between it and the units has to be there too.
+    users = [p for p in (*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")) if p.name == mutant.file or includes(p, mutant.file)]
+    units = [p.name for p in users if p.suffix == ".cu"]
+    for user in users:
+        if user.name != mutant.file:
+            (changed / user.name).write_text(user.read_text())
     commands = ninja_commands()
     *_, link = (c for c in commands if " -shared " in c)
     for unit in units:

@@ -16,5 +16,9 @@ MUTANTS = [
     (FLOAT, "nibbles 1 and 2 change places", "u[1] = pair(q >> 8), u[2] = pair(q >> 4)", "u[1] = pair(q >> 4), u[2] = pair(q >> 8)", "quant_matmul and 7x33x64 float and bfloat16"),
     (FLOAT, "a byte's highest bit is lost", "ptx::lop3<kAndXor>(q, 0x00800080, 0xc380c380)", "0xc380c380", "quant_matmul and 1x65x576 float and bfloat16"),
     (INT8, "a group of x ends one step late", "((step + 1) &", "(step &", "quant_matmul and 2x50x640 int8"),
-    (INT8, "x is cut off, not rounded", "rintf(values[e] * inverse)", "truncf(values[e] * inverse)", "quant_matmul and 4x50x1536 int8"),
+    (INT8, "a lane's second token takes the first's scale", "token + c < a.M ? token + c", "token + c < a.M ? token", "quant_matmul_int8 and 31x40x576"),
+    (INT8, "the sum of integers is not scaled", "x_sum[c] = x_scale[c] * x.y;", "x_sum[c] = x.y;", "quant_matmul_int8 and 3x17x96"),
+    (INT8, "a group past K is the first again", "is_there ? x.x : 0.0f", "x.x", "quant_matmul_int8 and 3x20x64"),
+    (FLOAT, "given integers lie row behind row", "a.x_rows.ndim == 0 ? 0 : a.x_rows.strides[0]", "a.x_groups ? a.K : a.x_rows.strides[0]", "quant_matmul_int8 and strided"),
+    ("int8_groups.cuh", "x is cut off, not rounded", "__fmul_rn(x, inverse) + 12582912.0f", "truncf(__fmul_rn(x, inverse)) + 12582912.0f", "quant_matmul and 4x50x1536 int8"),
 ]  # fmt: skip

@@ -80,6 +80,8 @@ inline float without_denormals(float x) { return std::fabs(x) < 0x1p-126f ? std:
 inline float exp2(float x) { return without_denormals(std::exp2(x)); }
 inline float reciprocal(float x) { return without_denormals(1.0f / x); }
 
+inline float largest(float a, float b) { return a >= b || std::isnan(a) ? a : b; }
+
 inline void make_opaque(unsigned&) {}
 
 // ---------------------------------------------------------------- memory

@@ -197,6 +197,13 @@ inline int __float_as_int(float value) {
 }
 inline unsigned __float_as_uint(float value) { return static_cast<unsigned>(__float_as_int(value)); }
 inline float __uint_as_float(unsigned bits) { return __int_as_float(static_cast<int>(bits)); }
+// Rounded by itself: no compiler makes an fma of it and a sum. (The executor is compiled with -ffp-contract=off.)
+inline float __fmul_rn(float x, float y) { return x * y; }
+// c and the products of the four signed bytes of a and b.
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 4; ++i) c += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
+  return c;
+}
 // Four of the eight bytes of y and x, x the lower four: `selector` has a nibble for each.
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ...backends import cuda_module, forced_backend
 from .. import _op
@@ -55,22 +54,6 @@ def _tokens(k: Tensor, block_table: Tensor | None) -> int:
     return k.shape[2] if block_table is None else k.shape[2] * block_table.shape[1]
 
 
-def _unaligned(x: Tensor) -> str | None:
-    """Why heads can't be read 16 bytes at a time, or None."""
-    if not x.numel():
-        return None
-    if x.stride(-1) != 1:
-        return f"has stride {x.stride(-1)} in its last dim, not 1"
-    # `explain` asks with tensors that have no memory.
-    address = x.storage_offset() * x.element_size() if isinstance(x, FakeTensor) else x.data_ptr()
-    if address % 16:
-        return "lies at one that is not"
-    for n, stride in zip(x.shape[:-1], x.stride()):
-        if n > 1 and stride * x.element_size() % 16:
-            return f"has strides {tuple(x.stride())} in elements of {x.element_size()} bytes, which lead to others"
-    return None
-
-
 def refuse(
     q: Tensor,
     k: Tensor,
@@ -92,9 +75,8 @@ def refuse(
         return f"it is compiled for head dims of {', '.join(map(str, HEAD_DIMS))}, not {D}"
     if mask is not None:
         return "it takes no mask but causal, window and kv_lens"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if why := _unaligned(x):
-            return f"it reads heads in pieces of 16 bytes at addresses that are multiples of 16; {name} {why}"
+    if why := _op.refuse_unless_vectors("heads", q=q, k=k, v=v):
+        return why
     if max(T, _tokens(k, block_table)) > MAX_TOKENS or max(B, T // 64) > MAX_GRID:
         return f"it counts up to {MAX_TOKENS} tokens and {MAX_GRID} sequences"
     if not _decodes(T, H // k.shape[1]):

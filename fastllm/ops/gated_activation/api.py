@@ -105,6 +105,8 @@ _int8 = _op.Op(
     fake=_fake_int8,
     backends=(
         Backend("cpu", native.gated_activation_int8, native.refuse),
+        Backend("cuda", cuda.gated_activation_int8, cuda.refuse_int8),
+        _triton.backend(__package__, "gated_activation_int8"),
         Backend("reference", _reference_int8, _check.never_refuse),
     ),
     prepare=_prepare,

@@ -172,6 +172,8 @@ _op_int8 = _op.Op(
     fake=_fake_int8,
     backends=(
         Backend("cpu", native.quant_matmul_int8, native.refuse_int8),
+        Backend("cuda", cuda.quant_matmul_int8, cuda.refuse_int8),
+        _triton.backend(__package__, "quant_matmul_int8", "refuse_int8"),
         Backend("reference", _reference_int8, _check.never_refuse),
     ),
     prepare=_prepare,

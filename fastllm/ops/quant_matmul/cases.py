@@ -157,6 +157,7 @@ def _cases() -> list[Case]:
         add("int4 g128 minimum 2x50x640", 2, 50, 640, group_size=128)
         add("int4 row zero 1x131x131", 1, 131, 131, group_size=-1, form="zero")
         add("int4 row minimum 9x19x1031", 9, 19, 1031, group_size=-1)
+        add("int4 row minimum 3x20x64", 3, 20, 64, group_size=-1)  # one group of 64: fewer columns than kernels step by
         add("int8 row zero 1x65x576", 1, 65, 576, bits=8, group_size=-1, form="zero", bias=True)
         add("int8 row zero 33x47x131", 33, 47, 131, bits=8, group_size=-1, form="zero")
         add("int8 g32 zero 2x3x7x47x544", (2, 3, 7), 47, 544, bits=8, form="zero")
@@ -208,6 +209,7 @@ def _cases_int8() -> list[Case]:
         add("int4 g128 minimum 2x50x640", 2, 50, 640, group_size=128)
         add("int4 row zero 1x131x131", 1, 131, 131, group_size=-1, form="zero")
         add("int4 row minimum 9x19x1031", 9, 19, 1031, group_size=-1)
+        add("int4 row minimum 3x20x64", 3, 20, 64, group_size=-1)  # one group of 64: fewer columns than kernels step by
         add("int8 row zero 33x47x131", 33, 47, 131, bits=8, group_size=-1, form="zero", bias=True)
         add("int8 g32 zero 2x3x7x47x544", (2, 3, 7), 47, 544, bits=8, form="zero")
         add("int8 g32 minimum 5x15x64", 5, 15, 64, bits=8, scale_dtype=torch.float32)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...backends import cuda_module, forced_backend
 from .. import _op
+from .._triton import rows
 
 _cuda: Any = cuda_module()
 
@@ -63,8 +64,64 @@ def quant_matmul(
     layout: str,
     int8_activations: bool,
 ) -> Tensor:
-    y = _op.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    floats = _cuda.quant_matmul_workspace(x, data, scale, y, n, k, bits, group_size, zero, int8_activations)
+    return _product(x, None, data, scale, minimum, bias, (n, k, bits, group_size, zero, int8_activations), x.dtype)
+
+
+def _product(
+    x: Tensor,
+    x_groups: Tensor | None,
+    data: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None,
+    form: tuple[int, int, int, int, int, bool],
+    dtype: torch.dtype,
+) -> Tensor:
+    """form: n, k, bits, group_size, zero, int8_activations."""
+    y = _op.empty((*x.shape[:-1], form[0]), dtype=dtype, device=x.device)
+    floats = _cuda.quant_matmul_workspace(x, x_groups, data, scale, y, *form)
     workspace = _op.empty((floats,), dtype=torch.float32, device=x.device) if floats else None
-    _cuda.quant_matmul(x, data, scale, minimum, bias, y, workspace, n, k, bits, group_size, zero, int8_activations)
+    _cuda.quant_matmul(x, x_groups, data, scale, minimum, bias, y, workspace, *form)
     return y
+
+
+def refuse_int8(
+    x: Tensor,
+    x_groups: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero: int,
+    layout: str,
+    dtype: torch.dtype,
+) -> str | None:
+    reason = refuse(x, data, scale, minimum, bias, n, k, bits, group_size, zero, layout, True)
+    if reason is not None:
+        return reason
+    at = rows(x)
+    if at is None or not at.evenly or not x_groups.is_contiguous():
+        return "it reads integers whose rows lie at one stride, and groups that lie in one piece"
+    return _op.refuse_unless_vectors("integers", x=x)
+
+
+def quant_matmul_int8(
+    x: Tensor,
+    x_groups: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero: int,
+    layout: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return _product(x, x_groups, data, scale, minimum, bias, (n, k, bits, group_size, zero, True), dtype)

@@ -28,7 +28,7 @@ from ...quant.activations import activation_group
 from .. import _op
 from .._launch import GPU, LaunchTable, warps
 from .._triton import COMPILER, Build, device_of, power_of_two, rows
-from .._triton_kernels import int8_round, int8_scale, quantized_base, quantized_column, row_start
+from .._triton_kernels import quantized_base, quantized_column, row_start, store_int8_groups
 
 FEW = 16  # rows up to which a tile has 16 of them
 ROOMY = 160 << 10  # bytes of shared memory a block: NVIDIA's data centre GPUs have them; the others have 100 KiB, AMD's 64
@@ -207,40 +207,36 @@ def _dequantize_fwd_kernel(
 
 @triton.jit
 def _quantize_fwd_kernel(
-    x_ptr, q_ptr, scale_ptr, sum_ptr, M, K, STEPS, x_n1, x_n2, x_s0, x_s1, x_s2,
+    x_ptr, q_ptr, groups_ptr, M, K, STEPS, x_n1, x_n2, x_s0, x_s1, x_s2,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Integers (M, STEPS * BLOCK_K), and for each group of BLOCK_K columns its scale and scale * sum(q), (STEPS, M)."""
+    """Integers (M, STEPS * BLOCK_K), and for each group of BLOCK_K columns its scale and their sum, (M, STEPS, 2)."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    step = tl.program_id(1)
-    k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+    first = tl.program_id(1) * BLOCK_K
+    k = first + tl.arange(0, BLOCK_K)
     x_at = row_start(m, x_n1, x_n2, x_s0, x_s1, x_s2)[:, None]
-    x = tl.load(x_ptr + x_at + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
-    size = tl.abs(x)
-    # Asked of each element: a GPU's maximum drops NaN.
-    finite = tl.min((size < float("inf")).to(tl.int32), 1) != 0
-    scale, inverse = int8_scale(tl.where(finite, tl.max(size, 1), 1.0), finite)
-    q = int8_round(x, inverse[:, None])
-    row = m.to(tl.int64)
-    tl.store(q_ptr + (row * STEPS * BLOCK_K)[:, None] + k[None, :], q.to(tl.int8), mask=(m < M)[:, None])
-    tl.store(scale_ptr + step.to(tl.int64) * M + row, scale, mask=m < M)
-    tl.store(sum_ptr + step.to(tl.int64) * M + row, scale * tl.sum(q, 1), mask=m < M)
+    inside = (m < M)[:, None]
+    x = tl.load(x_ptr + x_at + k[None, :], mask=inside & (k < K)[None, :], other=0.0).to(tl.float32)
+    store_int8_groups(q_ptr, groups_ptr, m.to(tl.int64), first, x, inside, STEPS * BLOCK_K, BLOCK_K)
 
 
 @triton.jit
 def _quant_matmul_int8_fwd_kernel(
-    q_ptr, x_scale_ptr, x_sum_ptr, w_ptr, scale_ptr, minimum_ptr, bias_ptr, y_ptr,
-    M, N, LINES, GROUPS, STEPS, zero, split_steps,
+    q_ptr, x_groups_ptr, w_ptr, scale_ptr, minimum_ptr, bias_ptr, y_ptr,
+    M, N, K, LINES, GROUPS, STEPS, zero, split_steps, stride_xm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP_STEPS: tl.constexpr,
     HAS_MINIMUM: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """With u = q - center, an int8, and offset = minimum + (center - zero) * scale, w = u * scale + offset. A step is one group of
-    activations xq * sx:  y += sum(u xq) * (scale * sx) + offset * (sx * sum(xq)), the first sum exact in int32."""
+    activations xq * sx:  y += sum(u xq) * (scale * sx) + offset * (sx * sum(xq)), the first sum exact in int32.
+
+    Integers are (M, K); groups (M, STEPS, 2) are scale and sum, as rms_norm_int8 and gated_activation_int8 write them."""
     COLUMNS: tl.constexpr = 32 // BITS
     CENTER: tl.constexpr = 1 << (BITS - 1)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_row = q_ptr + (m.to(tl.int64) * STEPS * BLOCK_K)[None, :]
+    x_row = q_ptr + (m.to(tl.int64) * stride_xm)[None, :]
+    x_groups = x_groups_ptr + m.to(tl.int64) * STEPS * 2
     w_row = w_ptr + quantized_base(n, N, LINES)[:, None] * 4
     scale_row = scale_ptr + quantized_base(n, N, GROUPS)
     minimum_row = minimum_ptr + quantized_base(n, N, GROUPS) if HAS_MINIMUM else scale_row
@@ -252,8 +248,8 @@ def _quant_matmul_int8_fwd_kernel(
         if BITS == 4:
             w = (w >> (k // 4 % 2 * 4).to(tl.uint8)[None, :]) & 15
         w = (w.to(tl.int16) - CENTER).to(tl.int8)
-        x = tl.load(x_row + k[:, None], mask=(m < M)[None, :], other=0)
-        x_scale = tl.load(x_scale_ptr + tl.cast(M, tl.int64) * step + m, mask=m < M, other=0.0)
+        x = tl.load(x_row + k[:, None], mask=(k < K)[:, None] & (m < M)[None, :], other=0)
+        x_scale = tl.load(x_groups + step * 2, mask=m < M, other=0.0)
         group = step // GROUP_STEPS * 16 if GROUP_STEPS else 0
         scale = tl.load(scale_row + group).to(tl.float32)
         acc = tl.fma(tl.dot(w, x).to(tl.float32), scale[:, None] * x_scale[None, :], acc)
@@ -261,7 +257,7 @@ def _quant_matmul_int8_fwd_kernel(
             offset = (CENTER - zero) * scale
             if HAS_MINIMUM:
                 offset += tl.load(minimum_row + group).to(tl.float32)
-            x_sum = tl.load(x_sum_ptr + tl.cast(M, tl.int64) * step + m, mask=m < M, other=0.0)
+            x_sum = x_scale * tl.load(x_groups + step * 2 + 1, mask=m < M, other=0.0)
             acc = tl.fma(offset[:, None] + tl.zeros_like(acc), x_sum[None, :], acc)
     _store(acc, bias_ptr, y_ptr, m, n, M, N, HAS_BIAS)
 
@@ -349,7 +345,7 @@ def refuse(
     group_size: int,
     zero: int,
     layout: str,
-    int8_activations: bool,
+    *_: object,
 ) -> str | None:
     if x.stride(-1) != 1 and k != 1:
         return "it reads rows whose last dim has stride 1"
@@ -384,6 +380,35 @@ def quant_matmul(
     if y.numel():
         with device_of(x):
             (_int8 if int8_activations else _float)(x, data, scale, minimum, bias, y, n, k, bits, group_size, zero)
+    return y
+
+
+def refuse_int8(x: Tensor, x_groups: Tensor, *args: Any) -> str | None:
+    at = rows(x)
+    if at is None or not at.evenly or not x_groups.is_contiguous():
+        return "it reads integers whose rows lie at one stride, and groups that lie in one piece"
+    return refuse(x, *args)
+
+
+def quant_matmul_int8(
+    x: Tensor,
+    x_groups: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero: int,
+    layout: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    y = _op.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
+    if y.numel():
+        with device_of(x):
+            _int8_product(x, x_groups, data, scale, minimum, bias, y, n, k, bits, group_size, zero)
     return y
 
 
@@ -477,19 +502,30 @@ def _int8(
     assert at is not None
     M, steps = at.count, triton.cdiv(K, group)
     q = _op.empty((M, steps * group), dtype=torch.int8, device=x.device)
-    x_scale = _op.empty((2, steps, M), dtype=torch.float32, device=x.device)
+    groups = _op.empty((M, steps, 2), dtype=torch.float32, device=x.device)
     block_m = 2048 // group
     _quantize_fwd_kernel[(triton.cdiv(M, block_m), steps)](
-        x, q, x_scale[0], x_scale[1], M, K, steps, *at.args, BLOCK_M=block_m, BLOCK_K=group, num_warps=4, **COMPILER
+        x, q, groups, M, K, steps, *at.args, BLOCK_M=block_m, BLOCK_K=group, num_warps=4, **COMPILER
     )
+    _int8_product(q, groups, data, scale, minimum, bias, y, N, q.shape[1], bits, group_size, zero)
+
+
+def _int8_product(
+    x: Tensor, x_groups: Tensor, data: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, y: Tensor,
+    N: int, K: int, bits: int, group_size: int, zero: int,
+) -> None:  # fmt: skip
+    """x: integers (..., K), rows at one stride. K: of their rows, which may be padded to whole groups."""
+    at, group = rows(x), activation_group(group_size)
+    assert at is not None
+    M, steps = at.count, triton.cdiv(K, group)
     launch = _INT8_LAUNCHES(x.device, _bucket(M), group)
     tiles = triton.cdiv(M, launch["BLOCK_M"]), triton.cdiv(N, launch["BLOCK_N"])
     splits, each = _splits(tiles[0] * tiles[1], steps)
     out = y if splits == 1 else _op.empty((splits, M, N), dtype=torch.float32, device=x.device)
     grid = (*tiles, splits)
     _quant_matmul_int8_fwd_kernel[grid](
-        q, x_scale[0], x_scale[1], data, scale, minimum, bias, out,
-        M, N, data.shape[1], scale.shape[1], steps, float(zero), each,
+        x, x_groups, data, scale, minimum, bias, out,
+        M, N, K, data.shape[1], scale.shape[1], steps, float(zero), each, at.s2,
         BITS=bits, GROUP_STEPS=0 if scale.shape[1] == 1 else group_size // group,
         HAS_MINIMUM=minimum is not None, HAS_OFFSET=minimum is not None or zero != 1 << bits - 1,
         HAS_BIAS=bias is not None and splits == 1, **launch, **COMPILER,
@@ -562,9 +598,9 @@ def _dequantize_build(dtype: str, bits: int, group: int, minimum: bool) -> Build
 def _int8_builds(gpu: GPU, M: int, bits: int, group: int, minimum: bool) -> Iterator[Build]:
     step = activation_group(group)
     launch = _shipped_int8(gpu, _bucket(M), step)
-    pointers = {"q_ptr": "*i8", "x_scale_ptr": "*fp32", "x_sum_ptr": "*fp32", "w_ptr": "*u8", "scale_ptr": "*fp16"}
+    pointers = {"q_ptr": "*i8", "x_groups_ptr": "*fp32", "w_ptr": "*u8", "scale_ptr": "*fp16"}
     pointers |= {"minimum_ptr": "*fp16"} if minimum else {}
-    numbers: dict[str, str] = dict.fromkeys(("N", "LINES", "GROUPS", "STEPS", "split_steps"), "i32") | (
+    numbers: dict[str, str] = dict.fromkeys(("N", "K", "LINES", "GROUPS", "STEPS", "split_steps", "stride_xm"), "i32") | (
         {"M": "i32"} if M > 1 else {}
     )
     form: dict[str, Any] = {"BITS": bits, "GROUP_STEPS": max(group, 0) // step, "HAS_MINIMUM": minimum, "HAS_OFFSET": minimum}
@@ -579,7 +615,7 @@ def _int8_builds(gpu: GPU, M: int, bits: int, group: int, minimum: bool) -> Iter
             form,
             launch,
             matrix=True,
-            aligned=("N", "LINES", "GROUPS", "STEPS"),
+            aligned=("N", "K", "LINES", "GROUPS", "STEPS", "stride_xm"),
         )
 
 
@@ -590,7 +626,7 @@ def _other_builds(dtype: str) -> Iterator[Build]:
         signature = {**pointers, "out_ptr": f"*{dtype}", "LINES": "i32"}
         yield Build(_arrange_fwd_kernel, f"{columns} columns {dtype}", signature, constants, aligned=("K", "LINES", "x_s2"))
     for group in (32, 64, 128):
-        signature = {**pointers, "q_ptr": "*i8", "scale_ptr": "*fp32", "sum_ptr": "*fp32", "STEPS": "i32"}
+        signature = {**pointers, "q_ptr": "*i8", "groups_ptr": "*fp32", "STEPS": "i32"}
         constants = {"BLOCK_M": 2048 // group, "BLOCK_K": group}
         yield Build(_quantize_fwd_kernel, f"group {group} {dtype}", signature, constants, aligned=("K", "x_s2"))
     for splits in range(2, 9):

@@ -144,6 +144,8 @@ _with_residual = _op.Op(
 )
 _BACKENDS_INT8 = (
     Backend("cpu", native.rms_norm_int8, native.refuse),
+    Backend("cuda", cuda.rms_norm_int8, cuda.refuse_int8),
+    _triton.backend(__package__, "rms_norm_int8"),
     Backend("reference", _reference_int8, _check.never_refuse),
 )
 _INSTEAD = (

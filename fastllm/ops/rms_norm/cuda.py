@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...backends import cuda_module
@@ -29,3 +30,26 @@ def rms_norm(
     total = None if residual is None else _op.empty(x.shape, dtype=x.dtype, device=x.device)
     _cuda.rms_norm(x, weight, residual, y, total, eps, offset, round_before_weight)
     return y if total is None else (y, total)
+
+
+def refuse_int8(x: Tensor, weight: Tensor | None, residual: Tensor | None, *args: object) -> str | None:
+    return refuse(x, weight, residual, *args) or _op.refuse_unless_vectors(
+        "the rows that it rounds", x=x, weight=weight, residual=residual
+    )
+
+
+def rms_norm_int8(
+    x: Tensor,
+    weight: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    offset: float,
+    round_before_weight: bool,
+    group_size: int,
+) -> Any:
+    *rows, K = x.shape
+    data = _op.empty(x.shape, dtype=torch.int8, device=x.device)
+    groups = _op.empty((*rows, -(-K // group_size), 2), dtype=torch.float32, device=x.device)
+    total = None if residual is None else _op.empty(x.shape, dtype=x.dtype, device=x.device)
+    _cuda.rms_norm_int8(x, weight, residual, data, groups, total, eps, offset, round_before_weight, group_size)
+    return (data, groups) if total is None else (data, groups, total)

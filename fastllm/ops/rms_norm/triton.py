@@ -3,6 +3,9 @@
 Cost: M K elements read and M K written (2 M K and 2 M K with a residual), and K of the weight, which stays in cache. About 5
 flops for 4 bytes in bf16: bandwidth is the limit. On an H200, whose copies reach about 4.3 TB/s, 4096 x 8192 bf16 is 134 MB, 31
 us at best. Rows of up to ONE_BLOCK elements stay in registers; longer ones are read twice, the second time from L2.
+
+With GROUP columns to a scale y is written as int8: K + 8 K / GROUP bytes a row in place of 2 K, and what rounds it elsewhere, a
+launch that reads 2 K and writes as many, is gone.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +21,7 @@ from torch import Tensor
 from .. import _op
 from .._launch import GPU, LaunchTable, warps
 from .._triton import COMPILER, Build, device_of, power_of_two, rows
-from .._triton_kernels import row_start
+from .._triton_kernels import row_start, store_int8_groups
 
 ONE_BLOCK = 16384
 LOOP_BLOCK = 4096  # of longer rows: 8 elements a thread, so that addresses and fp32's fp64 squares stay in registers
@@ -59,13 +63,20 @@ def _scaled(h, inverse, w_ptr, k, K, offset, HAS_WEIGHT: tl.constexpr, ROUND_FIR
 
 
 @triton.jit
+def _store_int8(y_ptr, groups_ptr, row, first, k, y, inside, K, DTYPE: tl.constexpr, GROUP: tl.constexpr):
+    """y (M, BLOCK) in fp32, columns k = first, first + 1, ...: rounded to DTYPE first."""
+    y = tl.where((k < K)[None, :], y.to(DTYPE).to(tl.float32), 0.0)
+    store_int8_groups(y_ptr, groups_ptr, row, first, y, inside, K, GROUP)
+
+
+@triton.jit
 def _rms_norm_fwd_kernel(
-    x_ptr, r_ptr, w_ptr, y_ptr, h_ptr,
+    x_ptr, r_ptr, w_ptr, y_ptr, groups_ptr, h_ptr,
     M, K, eps, offset,
     x_n1, x_n2, x_s0, x_s1, x_s2,
     r_n1, r_n2, r_s0, r_s1, r_s2,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ONE_PASS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROUND_FIRST: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROUND_FIRST: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     x_at = row_start(row, x_n1, x_n2, x_s0, x_s1, x_s2)[:, None]
@@ -78,7 +89,10 @@ def _rms_norm_fwd_kernel(
         h = _load_sum(x_ptr, r_ptr, x_at + k[None, :], r_at + k[None, :], mask, HAS_RESIDUAL)
         inverse = _inverse_rms(_squares(h), K, eps)
         y = _scaled(h, inverse, w_ptr, k, K, offset, HAS_WEIGHT, ROUND_FIRST)
-        tl.store(y_ptr + out + k[None, :], y.to(h.dtype), mask=mask)
+        if GROUP > 0:
+            _store_int8(y_ptr, groups_ptr, row, 0, k, y, inside, K, h.dtype, GROUP)
+        else:
+            tl.store(y_ptr + out + k[None, :], y.to(h.dtype), mask=mask)
         if HAS_RESIDUAL:
             tl.store(h_ptr + out + k[None, :], h, mask=mask)
     else:
@@ -93,7 +107,10 @@ def _rms_norm_fwd_kernel(
             mask = inside & (at < K)[None, :]
             h = _load_sum(x_ptr, r_ptr, x_at + at[None, :], r_at + at[None, :], mask, HAS_RESIDUAL)
             y = _scaled(h, inverse, w_ptr, at, K, offset, HAS_WEIGHT, ROUND_FIRST)
-            tl.store(y_ptr + out + at[None, :], y.to(h.dtype), mask=mask)
+            if GROUP > 0:
+                _store_int8(y_ptr, groups_ptr, row, start, at, y, inside, K, h.dtype, GROUP)
+            else:
+                tl.store(y_ptr + out + at[None, :], y.to(h.dtype), mask=mask)
             if HAS_RESIDUAL:
                 tl.store(h_ptr + out + at[None, :], h, mask=mask)
 
@@ -136,35 +153,64 @@ def rms_norm(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, offset: float, round_before_weight: bool
 ) -> Any:
     y = _op.empty(x.shape, dtype=x.dtype, device=x.device)
+    h = _launch(x, weight, residual, y, None, 0, eps, offset, round_before_weight)
+    return y if h is None else (y, h)
+
+
+def rms_norm_int8(
+    x: Tensor,
+    weight: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    offset: float,
+    round_before_weight: bool,
+    group_size: int,
+) -> Any:
+    *leading, K = x.shape
+    data = _op.empty(x.shape, dtype=torch.int8, device=x.device)
+    groups = _op.empty((*leading, triton.cdiv(K, group_size), 2), dtype=torch.float32, device=x.device)
+    h = _launch(x, weight, residual, data, groups, group_size, eps, offset, round_before_weight)
+    return (data, groups) if h is None else (data, groups, h)
+
+
+def _launch(
+    x: Tensor, weight: Tensor | None, residual: Tensor | None, y: Tensor, groups: Tensor | None, group_size: int,
+    eps: float, offset: float, round_before_weight: bool,
+) -> Tensor | None:  # fmt: skip
+    """Fills y, and groups if y is int8. Returns x + residual."""
     h = None if residual is None else _op.empty(x.shape, dtype=x.dtype, device=x.device)
     at, K = rows(x), x.shape[-1]
     other = at if residual is None else rows(residual)
     assert at is not None  # refuse() has looked
     assert other is not None
-    launch = _LAUNCHES(x.device, power_of_two(K))
+    launch = _LAUNCHES(x.device, power_of_two(max(K, group_size)))
     if x.numel():
         with device_of(x):
             _rms_norm_fwd_kernel[(triton.cdiv(at.count, launch["BLOCK_M"]),)](
-                x, residual, weight, y, h, at.count, K, eps, offset, *at.args, *other.args,
-                HAS_WEIGHT=weight is not None, HAS_RESIDUAL=residual is not None, ROUND_FIRST=round_before_weight, **launch, **COMPILER,
+                x, residual, weight, y, groups, h, at.count, K, eps, offset, *at.args, *other.args,
+                HAS_WEIGHT=weight is not None, HAS_RESIDUAL=residual is not None, ROUND_FIRST=round_before_weight,
+                GROUP=group_size, **launch, **COMPILER,
             )  # fmt: skip
-    return y if h is None else (y, h)
+    return h
 
 
 def builds(gpu: GPU) -> Iterator[Build]:
     strides = {f"{t}_{name}": "i32" for t in "xr" for name in ("n1", "n2", "s0", "s1", "s2")}
     for dtype in ("bf16", "fp32"):
         for K in (64, 4096, 16384, 65536):
-            for residual in (False, True):
-                pointers = {"x_ptr": f"*{dtype}", "w_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
+            for residual, group in ((False, 0), (True, 0), (False, 32), (True, 32), (True, 64), (True, 128)):
+                # y first: what it is made of tells launches apart.
+                pointers = {"y_ptr": "*i8" if group else f"*{dtype}", "x_ptr": f"*{dtype}", "w_ptr": f"*{dtype}"}
                 if residual:
                     pointers |= {"r_ptr": f"*{dtype}", "h_ptr": f"*{dtype}"}
-                none = {} if residual else {"r_ptr": None, "h_ptr": None}
+                if group:
+                    pointers |= {"groups_ptr": "*fp32"}
+                none = dict.fromkeys(() if residual else ("r_ptr", "h_ptr")) | dict.fromkeys(() if group else ("groups_ptr",))
                 yield Build(
                     _rms_norm_fwd_kernel,
-                    f"K={K} {dtype}" + (" residual" if residual else ""),
+                    f"K={K} {dtype}" + (" residual" if residual else "") + (f" to int8 g{group}" if group else ""),
                     {**pointers, "M": "i32", "K": "i32", "eps": "fp32", "offset": "fp32", **strides},
-                    {**none, "HAS_WEIGHT": True, "HAS_RESIDUAL": residual, "ROUND_FIRST": True},
-                    _shipped(gpu, power_of_two(K)),
+                    {**none, "HAS_WEIGHT": True, "HAS_RESIDUAL": residual, "ROUND_FIRST": True, "GROUP": group},
+                    _shipped(gpu, power_of_two(max(K, group))),
                     aligned=("K", "x_s2", "r_s2"),
                 )
