@@ -4,15 +4,6 @@
 namespace fastllm::cpu {
 namespace {
 
-RotaryTensor rotary_tensor(const TensorView& in, const TensorView& out, bool rotated, bool slotted) {
-  RotaryTensor tensor{in.data, out.data, out.dtype, in.shape[1], {}, {}, rotated, slotted, nullptr, {}};
-  for (int i = 0; i < 3; ++i) {
-    tensor.in_strides[i] = in.strides[i];
-    tensor.out_strides[i] = out.strides[i];
-  }
-  return tensor;
-}
-
 RotaryArgs rotary_args(const TensorView& q, const TensorView& k, const TensorView& cos, const TensorView& sin,
                        bool interleaved, int threads) {
   RotaryArgs a{};
@@ -73,8 +64,7 @@ void set_scale(const char* name, const TensorView& cache, const std::optional<Te
   FASTLLM_CHECK(scale->ndim == 3 && scale->dtype == DType::f32 && cache.size(3) <= kMaxInt8Row,
                 "apply_rotary_cache: ", name, " must be float32 (B, Hk, max_tokens), and D at most ", kMaxInt8Row);
   check_cache(name, *scale, rows);
-  tensor->scale = scale->as<float>();
-  for (int i = 0; i < 3; ++i) tensor->scale_strides[i] = scale->strides[i];
+  tensor->set_scale(*scale);
 }
 
 }  // namespace
@@ -85,8 +75,8 @@ void bind_rotary(py::module_& m) {
       [](const TensorView& q, const TensorView& k, const TensorView& cos, const TensorView& sin,
          const TensorView& q_out, const TensorView& k_out, bool interleaved, int threads) {
         RotaryArgs a = rotary_args(q, k, cos, sin, interleaved, threads);
-        a.tensors[0] = rotary_tensor(q, q_out, true, false);
-        a.tensors[1] = rotary_tensor(k, k_out, true, false);
+        a.tensors[0] = RotaryTensor::of(q, q_out, true, false);
+        a.tensors[1] = RotaryTensor::of(k, k_out, true, false);
         a.num_tensors = 2;
         launch("rotary", [a] { rotary_kernel(a); });
       },
@@ -107,9 +97,9 @@ void bind_rotary(py::module_& m) {
         }
         a.slots = indices(slots ? "slots" : "positions", slots ? *slots : positions, k_cache.shape[2], "k_cache", a.B,
                           a.T, a.slots_strides);
-        a.tensors[0] = rotary_tensor(q, q_out, true, false);
-        a.tensors[1] = rotary_tensor(k, k_cache, true, true);
-        a.tensors[2] = rotary_tensor(v, v_cache, false, true);
+        a.tensors[0] = RotaryTensor::of(q, q_out, true, false);
+        a.tensors[1] = RotaryTensor::of(k, k_cache, true, true);
+        a.tensors[2] = RotaryTensor::of(v, v_cache, false, true);
         set_scale("k_scale", k_cache, k_scale, a.B * a.T, &a.tensors[1]);
         set_scale("v_scale", v_cache, v_scale, a.B * a.T, &a.tensors[2]);
         a.num_tensors = 3;

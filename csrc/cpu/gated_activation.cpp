@@ -31,9 +31,12 @@ template <typename Act, typename T>
 FASTLLM_INLINE void gated_row(const T* gate, const T* up, T* y, int64_t I) {
   int64_t i = 0;
   for (; i + 4 * kWidth <= I; i += 4 * kWidth) {
-    vf r[4];
-    for (int j = 0; j < 4; ++j) r[j] = gated<Act>(load(gate + i + j * kWidth), load(up + i + j * kWidth));
-    for (int j = 0; j < 4; ++j) store(y + i + j * kWidth, r[j]);
+    pair r[2];
+    for (int j = 0; j < 2; ++j) {
+      const pair g = load_pair(gate + i + 2 * j * kWidth), u = load_pair(up + i + 2 * j * kWidth);
+      r[j] = {gated<Act>(g.first, u.first), gated<Act>(g.second, u.second)};
+    }
+    for (int j = 0; j < 2; ++j) store_clean(y + i + 2 * j * kWidth, r[j]);
   }
   for (; i + kWidth <= I; i += kWidth) store(y + i, gated<Act>(load(gate + i), load(up + i)));
   if (i < I) store_n(y + i, gated<Act>(load_n(gate + i, I - i), load_n(up + i, I - i)), I - i);

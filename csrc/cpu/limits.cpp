@@ -103,7 +103,11 @@ struct Int8 {
 struct Int4 : Int8 {
 #if FASTLLM_ISA_LEVEL == 1
   static constexpr int kRows = 3;
-  FASTLLM_INLINE Sum dot(Operand x, Operand y, Sum sum) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(x, y)); }
+  FASTLLM_INLINE Sum dot(Operand x, Operand y, Sum sum) {
+    // In place: left to itself, GCC moves sums from register to register and to the stack.
+    asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(_mm256_maddubs_epi16(x, y)));
+    return sum;
+  }
 #elif FASTLLM_ISA_LEVEL == 2
   FASTLLM_INLINE Sum dot(Operand x, Operand y, Sum sum) { return _mm512_add_epi16(sum, _mm512_maddubs_epi16(x, y)); }
 #endif

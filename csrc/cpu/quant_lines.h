@@ -21,17 +21,11 @@ FASTLLM_INLINE void store_int(void* p, vi a) { _mm512_storeu_si512(p, a.v); }
 FASTLLM_INLINE vi set1_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
 FASTLLM_INLINE vi operator+(vi a, vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
 FASTLLM_INLINE vi operator&(vi a, vi b) { return {_mm512_and_si512(a.v, b.v)}; }
-FASTLLM_INLINE vi max(vi a, vi b) { return {_mm512_max_epi32(a.v, b.v)}; }
 template <int kShift>
 FASTLLM_INLINE vi shift_right(vi a) {
   return {_mm512_srli_epi32(a.v, kShift)};
 }
-FASTLLM_INLINE vi bits_of(vf a) { return {_mm512_castps_si512(a.v)}; }
 FASTLLM_INLINE vf to_float(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
-// To the nearest, ties to even.
-FASTLLM_INLINE vi to_int(vf a) { return {_mm512_cvtps_epi32(a.v)}; }
-FASTLLM_INLINE int32_t reduce_add(vi a) { return _mm512_reduce_add_epi32(a.v); }
-FASTLLM_INLINE int32_t reduce_max(vi a) { return _mm512_reduce_max_epi32(a.v); }
 
 #elif FASTLLM_ISA_LEVEL == 1
 
@@ -43,27 +37,11 @@ FASTLLM_INLINE void store_int(void* p, vi a) { _mm256_storeu_si256(static_cast<_
 FASTLLM_INLINE vi set1_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
 FASTLLM_INLINE vi operator+(vi a, vi b) { return {_mm256_add_epi32(a.v, b.v)}; }
 FASTLLM_INLINE vi operator&(vi a, vi b) { return {_mm256_and_si256(a.v, b.v)}; }
-FASTLLM_INLINE vi max(vi a, vi b) { return {_mm256_max_epi32(a.v, b.v)}; }
 template <int kShift>
 FASTLLM_INLINE vi shift_right(vi a) {
   return {_mm256_srli_epi32(a.v, kShift)};
 }
-FASTLLM_INLINE vi bits_of(vf a) { return {_mm256_castps_si256(a.v)}; }
 FASTLLM_INLINE vf to_float(vi a) { return {_mm256_cvtepi32_ps(a.v)}; }
-FASTLLM_INLINE vi to_int(vf a) { return {_mm256_cvtps_epi32(a.v)}; }
-FASTLLM_INLINE __m128i fold_add(__m256i a) {
-  return _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-}
-FASTLLM_INLINE int32_t reduce_add(vi a) {
-  __m128i s = fold_add(a.v);
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
-}
-FASTLLM_INLINE int32_t reduce_max(vi a) {
-  __m128i s = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
-  s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-  return _mm_cvtsi128_si32(_mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
-}
 
 #else
 
@@ -79,16 +57,11 @@ FASTLLM_INLINE void store_int(void* p, vi a) { std::memcpy(p, &a.v, sizeof a.v);
 FASTLLM_INLINE vi set1_int(int32_t x) { return {static_cast<uint32_t>(x)}; }
 FASTLLM_INLINE vi operator+(vi a, vi b) { return {a.v + b.v}; }
 FASTLLM_INLINE vi operator&(vi a, vi b) { return {a.v & b.v}; }
-FASTLLM_INLINE vi max(vi a, vi b) { return static_cast<int32_t>(a.v) > static_cast<int32_t>(b.v) ? a : b; }
 template <int kShift>
 FASTLLM_INLINE vi shift_right(vi a) {
   return {a.v >> kShift};
 }
-FASTLLM_INLINE vi bits_of(vf a) { return {bits_from_float(a.v)}; }
 FASTLLM_INLINE vf to_float(vi a) { return {static_cast<float>(static_cast<int32_t>(a.v))}; }
-FASTLLM_INLINE vi to_int(vf a) { return set1_int(static_cast<int32_t>(round_nearest(a).v)); }
-FASTLLM_INLINE int32_t reduce_add(vi a) { return static_cast<int32_t>(a.v); }
-FASTLLM_INLINE int32_t reduce_max(vi a) { return static_cast<int32_t>(a.v); }
 
 #endif
 

@@ -56,7 +56,7 @@ constexpr int kUnpackTokens = 12;
 // ---------------------------------------------------------------- one step
 
 struct Unit {
-  vi a, b;  // what the first and the last four bytes of activations multiply
+  vi half[2];  // what the first and the last four bytes of activations multiply
 };
 
 // The high byte of each pair, as 16 bits.
@@ -75,16 +75,16 @@ FASTLLM_INLINE Unit load_unit(const uint8_t* p, int v) {
   const vi line = load_int(p + v * 4 * kWidth);
   if constexpr (kBits == 4) {
     const vi low = set1_int(0x0f0f0f0f);
-    return {line & low, shift_right<4>(line) & low};
+    return {{line & low, shift_right<4>(line) & low}};
   } else if constexpr (kDotBytes) {
-    return {line, load_int(p + kLineBytes + v * 4 * kWidth)};
+    return {{line, load_int(p + kLineBytes + v * 4 * kWidth)}};
   } else {
-    return {line & set1_int(0x00ff00ff), odd_bytes(line)};
+    return {{line & set1_int(0x00ff00ff), odd_bytes(line)}};
   }
 }
 
 FASTLLM_INLINE Unit load_unpacked(const uint8_t* p, int v) {
-  return {load_int(p + v * 4 * kWidth), load_int(p + kLineBytes + v * 4 * kWidth)};
+  return {{load_int(p + v * 4 * kWidth), load_int(p + kLineBytes + v * 4 * kWidth)}};
 }
 
 // Keeps the compiler from adding products to each other before the sum, which takes registers that AVX2 does not have.
@@ -203,13 +203,15 @@ FASTLLM_INLINE void add_unit(const uint8_t*& weights, const int8_t*& x, int64_t 
     w[v] = kUnpacked ? load_unpacked(weights, v) : load_unit<kBits>(weights, v);
   }
   if constexpr (!kUnpacked) __builtin_prefetch(weights + kPrefetchBytes);
-  // Tokens outside, so that few registers hold activations.
+  // Halves outside, so that half of the weights are in registers at a time; tokens next, for few activations.
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 16
-  for (int t = 0; t < kTokens; ++t) {
+    for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kBlockVectors; ++v) {
-      sums[t][v] = dot<kBits>(sums[t][v], w[v].a, x + t * x_stride);
-      sums[t][v] = dot<kBits>(sums[t][v], w[v].b, x + t * x_stride + 4);
+      for (int v = 0; v < kBlockVectors; ++v) {
+        sums[t][v] = dot<kBits>(sums[t][v], w[v].half[half], x + t * x_stride + 4 * half);
+      }
     }
   }
   weights += kUnpacked ? kUnpackedBytes : kUnitBytes<kBits>;
@@ -337,8 +339,8 @@ void unpack_units(const uint8_t* packed, int64_t units, uint8_t* unpacked) {
 #pragma GCC unroll 16
     for (int v = 0; v < kBlockVectors; ++v) {
       const Unit w = load_unit<4>(packed, v);
-      store_int(unpacked + v * 4 * kWidth, w.a);
-      store_int(unpacked + kLineBytes + v * 4 * kWidth, w.b);
+      store_int(unpacked + v * 4 * kWidth, w.half[0]);
+      store_int(unpacked + kLineBytes + v * 4 * kWidth, w.half[1]);
     }
     packed += kUnitBytes<4>;
     unpacked += kUnpackedBytes;

@@ -19,7 +19,8 @@ template <typename T>
 FASTLLM_INLINE void add_row(const T* x, const T* residual, T* h, int64_t K) {
   int64_t k = 0;
   for (; k + 2 * kWidth <= K; k += 2 * kWidth) {
-    store_clean(h + k, load(x + k) + load(residual + k), load(x + k + kWidth) + load(residual + k + kWidth));
+    const pair a = load_pair(x + k), r = load_pair(residual + k);
+    store_clean(h + k, pair{a.first + r.first, a.second + r.second});
   }
   for (; k < K; k += kWidth) {
     const int64_t n = K - k < kWidth ? K - k : kWidth;
@@ -38,11 +39,11 @@ FASTLLM_INLINE double sum_of_squares(const T* x, int64_t K) {
     const int64_t end = k + kRun <= K ? k + kRun : K;
     vf s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
     for (; k + 4 * kWidth <= end; k += 4 * kWidth) {
-      const vf a = load(x + k), b = load(x + k + kWidth), c = load(x + k + 2 * kWidth), d = load(x + k + 3 * kWidth);
-      s0 = fmadd(a, a, s0);
-      s1 = fmadd(b, b, s1);
-      s2 = fmadd(c, c, s2);
-      s3 = fmadd(d, d, s3);
+      const pair a = load_pair(x + k), b = load_pair(x + k + 2 * kWidth);
+      s0 = fmadd(a.first, a.first, s0);
+      s1 = fmadd(a.second, a.second, s1);
+      s2 = fmadd(b.first, b.first, s2);
+      s3 = fmadd(b.second, b.second, s3);
     }
     total += static_cast<double>(reduce_add((s0 + s1) + (s2 + s3)));
   }
@@ -65,12 +66,17 @@ FASTLLM_INLINE vf norm_and_weigh(vf x, vf scale, vf weight, bool round_before_we
 template <typename T>
 FASTLLM_INLINE void norm_columns(const RmsNormArgs& a, const T* x, const T* weight, vf scale, T* y, int64_t n) {
   const vf offset = set1(a.offset), one = set1(1.0f);
-  const auto normed = [&](int64_t k) {
-    const vf w = weight ? load(weight + k) + offset : one;
-    return norm_and_weigh<T>(load(x + k), scale, w, a.round_before_weight);
-  };
   int64_t k = 0;
-  for (; k + 2 * kWidth <= n; k += 2 * kWidth) store_clean(y + k, normed(k), normed(k + kWidth));
+  for (; k + 2 * kWidth <= n; k += 2 * kWidth) {
+    pair w{one, one};
+    if (weight) {
+      w = load_pair(weight + k);
+      w = {w.first + offset, w.second + offset};
+    }
+    const pair h = load_pair(x + k);
+    store_clean(y + k, pair{norm_and_weigh<T>(h.first, scale, w.first, a.round_before_weight),
+                            norm_and_weigh<T>(h.second, scale, w.second, a.round_before_weight)});
+  }
   for (; k < n; k += kWidth) {
     const int64_t left = n - k < kWidth ? n - k : kWidth;
     const vf w = weight ? load_n(weight + k, left) + offset : one;

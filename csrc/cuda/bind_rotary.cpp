@@ -4,16 +4,6 @@
 namespace fastllm::cuda {
 namespace {
 
-RotaryTensor rotary_tensor(const TensorView& in, const TensorView& out, bool rotated, bool slotted) {
-  RotaryTensor tensor{in.data, out.data, out.dtype, static_cast<int>(in.shape[1]), {}, {}, rotated,
-                      slotted, nullptr,  {}};
-  for (int i = 0; i < 3; ++i) {
-    tensor.in_strides[i] = in.strides[i];
-    tensor.out_strides[i] = out.strides[i];
-  }
-  return tensor;
-}
-
 RotaryArgs rotary_args(const TensorView& q, const TensorView& cos, const TensorView& sin, bool interleaved) {
   RotaryArgs a{};
   a.dtype = q.dtype;
@@ -42,12 +32,6 @@ const int64_t* indices(const TensorView& index, int64_t* strides) {
   return index.as<const int64_t>();
 }
 
-void set_scale(const std::optional<TensorView>& scale, RotaryTensor* tensor) {
-  if (!scale) return;
-  tensor->scale = scale->as<float>();
-  for (int i = 0; i < 3; ++i) tensor->scale_strides[i] = scale->strides[i];
-}
-
 }  // namespace
 
 void bind_rotary(py::module_& m) {
@@ -56,8 +40,8 @@ void bind_rotary(py::module_& m) {
       [](const TensorView& q, const TensorView& k, const TensorView& cos, const TensorView& sin,
          const TensorView& q_out, const TensorView& k_out, bool interleaved) {
         RotaryArgs a = rotary_args(q, cos, sin, interleaved);
-        a.tensors[0] = rotary_tensor(q, q_out, true, false);
-        a.tensors[1] = rotary_tensor(k, k_out, true, false);
+        a.tensors[0] = RotaryTensor::of(q, q_out, true, false);
+        a.tensors[1] = RotaryTensor::of(k, k_out, true, false);
         a.num_tensors = 2;
         rotary(a, place_of(q));
       },
@@ -83,11 +67,11 @@ void bind_rotary(py::module_& m) {
           a.block_table_strides[0] = block_table->strides[0];
           a.block_table_strides[1] = block_table->strides[1];
         }
-        a.tensors[0] = rotary_tensor(q, q_out, true, false);
-        a.tensors[1] = rotary_tensor(k, k_cache, true, true);
-        a.tensors[2] = rotary_tensor(v, v_cache, false, true);
-        set_scale(k_scale, &a.tensors[1]);
-        set_scale(v_scale, &a.tensors[2]);
+        a.tensors[0] = RotaryTensor::of(q, q_out, true, false);
+        a.tensors[1] = RotaryTensor::of(k, k_cache, true, true);
+        a.tensors[2] = RotaryTensor::of(v, v_cache, false, true);
+        if (k_scale) a.tensors[1].set_scale(*k_scale);
+        if (v_scale) a.tensors[2].set_scale(*v_scale);
         a.num_tensors = 3;
         rotary(a, place_of(q));
       },

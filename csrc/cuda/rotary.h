@@ -1,23 +1,9 @@
 #pragma once
 
-#include "../tensor.h"
+#include "../rotary_tensor.h"
 #include "launch.h"
 
 namespace fastllm::cuda {
-
-// One of q, k, v (B, heads, T, D) and where its result goes. Strides in elements, of (batch, head, token); lanes
-// have 1.
-struct RotaryTensor {
-  const void* in;
-  void* out;
-  DType out_dtype;
-  int heads;
-  int64_t in_strides[3], out_strides[3];
-  bool rotated;  // v is not
-  bool slotted;  // token t of sequence b goes to row slots[b, t] of a cache rather than to row t
-  float* scale;  // (batch, head, token) of an int8 cache; else null
-  int64_t scale_strides[3];
-};
 
 struct RotaryArgs {
   RotaryTensor tensors[3];

@@ -11,6 +11,9 @@ constexpr int kWidth = 8;
 struct vf {
   __m256 v;
 };
+struct pair {
+  vf first, second;
+};
 
 // All ones in the first n lanes.
 FASTLLM_INLINE __m256i lane_mask(int64_t n) {
@@ -83,15 +86,15 @@ template <typename Half>
 FASTLLM_INLINE void store(Half* p, vf a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(Half{}, a));
 }
-FASTLLM_INLINE void store_clean(bf16* p, vf a, vf b) {
-  const __m256i low = _mm256_srli_epi32(rounded_bits(a), 16), high = _mm256_srli_epi32(rounded_bits(b), 16);
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
+// Even columns, then odd ones: a shift or a mask widens them, a blend packs them.
+FASTLLM_INLINE pair load_pair(const bf16* p) {
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i odd = _mm256_and_si256(both, _mm256_set1_epi32(-65536));
+  return {{_mm256_castsi256_ps(_mm256_slli_epi32(both, 16))}, {_mm256_castsi256_ps(odd)}};
 }
-template <typename T>
-FASTLLM_INLINE void store_clean(T* p, vf a, vf b) {
-  store(p, a);
-  store(p + kWidth, b);
+FASTLLM_INLINE void store_clean(bf16* p, pair a) {
+  const __m256i even = _mm256_srli_epi32(rounded_bits(a.first), 16), odd = rounded_bits(a.second);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(even, odd, 0xaa));
 }
 template <typename Half>
 FASTLLM_INLINE void store_n(Half* p, vf a, int64_t n) {

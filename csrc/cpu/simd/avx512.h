@@ -11,6 +11,9 @@ constexpr int kWidth = 16;
 struct vf {
   __m512 v;
 };
+struct pair {
+  vf first, second;
+};
 
 FASTLLM_INLINE __mmask16 lane_mask(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -59,18 +62,16 @@ template <typename Half>
 FASTLLM_INLINE void store(Half* p, vf a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(Half{}, a));
 }
-FASTLLM_INLINE void store_clean(bf16* p, vf a, vf b) {
-  const auto store_one = [](bf16* to, vf x) {
-    const __m256i bits = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bits(x), 16));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
-  };
-  store_one(p, a);
-  store_one(p + kWidth, b);
+// Even columns, then odd ones: a shift or a mask widens them, a mask packs them.
+FASTLLM_INLINE pair load_pair(const bf16* p) {
+  const __m512i both = _mm512_loadu_si512(p);
+  const __m512i odd = _mm512_and_si512(both, _mm512_set1_epi32(-65536));
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))}, {_mm512_castsi512_ps(odd)}};
 }
-template <typename T>
-FASTLLM_INLINE void store_clean(T* p, vf a, vf b) {
-  store(p, a);
-  store(p + kWidth, b);
+FASTLLM_INLINE void store_clean(bf16* p, pair a) {
+  const __m512i even = _mm512_srli_epi32(rounded_bits(a.first), 16);
+  const __m512i odd = _mm512_and_si512(rounded_bits(a.second), _mm512_set1_epi32(-65536));
+  _mm512_storeu_si512(p, _mm512_or_si512(even, odd));
 }
 template <typename Half>
 FASTLLM_INLINE void store_n(Half* p, vf a, int64_t n) {

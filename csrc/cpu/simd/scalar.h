@@ -9,6 +9,9 @@ constexpr int kWidth = 1;
 struct vf {
   float v;
 };
+struct pair {
+  vf first, second;
+};
 
 FASTLLM_INLINE float float_from_bits(uint32_t bits) {
   float f;
@@ -94,11 +97,6 @@ template <typename T>
 FASTLLM_INLINE vf round_clean(T narrow, vf a) {
   from_float(a.v, narrow);
   return {to_float(narrow)};
-}
-template <typename T>
-FASTLLM_INLINE void store_clean(T* p, vf a, vf b) {
-  store(p, a);
-  store(p + kWidth, b);
 }
 
 FASTLLM_INLINE vf set1(float x) { return {x}; }

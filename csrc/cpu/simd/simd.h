@@ -9,9 +9,12 @@
 // Stores round to nearest even; what goes to int8_t must be finite and is at most 127. max(a, b) and min(a, b) return b
 // where either is NaN, as the x86 instructions do.
 //
-// round_clean(T{}, a) is a rounded to T and kept as floats, store_clean(p, a, b) stores two vectors: cheaper than
-// narrowing and widening, and than store, for values whose NaNs have zeros in their low halves, as those made of bf16
-// or f16 have and the processor's own.
+// A pair is 2 kWidth neighbours in two vectors, in the order that suits their dtype: load_pair and store_clean agree on
+// it, so it is for what treats all columns alike.
+//
+// round_clean(T{}, a) is a rounded to T and kept as floats, store_clean(p, pair) stores a pair: cheaper than narrowing
+// and widening, and than store, for values whose NaNs have zeros in their low halves, as those made of bf16 or f16 have
+// and the processor's own.
 //
 // Include it inside nothing; it opens fastllm::cpu::<rung> and an unnamed namespace itself, so that every function has
 // internal linkage. Kernel files must not call inline functions or templates of the standard library: those have
@@ -41,5 +44,21 @@
 #else
 #include "scalar.h"
 #endif
+
+namespace fastllm::cpu::FASTLLM_ISA {
+namespace {
+
+template <typename T>
+FASTLLM_INLINE pair load_pair(const T* p) {
+  return {load(p), load(p + kWidth)};
+}
+template <typename T>
+FASTLLM_INLINE void store_clean(T* p, pair a) {
+  store(p, a.first);
+  store(p + kWidth, a.second);
+}
+
+}  // namespace
+}  // namespace fastllm::cpu::FASTLLM_ISA
 
 #include "math.h"
