@@ -6,8 +6,9 @@ build   fastllm._cpu and fastllm._cuda, in place, with the nvcc and the compiler
 tests   the CUDA and Triton kernels' tests, on the GPU
 sanitizer  the CUDA kernels' tests under compute-sanitizer: memcheck, racecheck
 verify  every case against float64
-bench   every model shape and the GPUs' own, beside PyTorch eager, torch.compile, SDPA's flash and cuDNN backends and
-        Liger-Kernel (where installed, or in build/gpu, where `make gpu-rivals` puts it), with the share of this GPU's limits
+bench   every model shape and the GPUs' own, beside PyTorch eager, torch.compile, SDPA's flash and cuDNN backends, PyTorch's
+        int4 and int8 products and Liger-Kernel (where installed, or in build/gpu, where `make gpu-rivals` puts it), with the
+        share of this GPU's limits
 tune    measures other launches than the shipped ones (not by default: it takes minutes)
 
 Writes `<step>-<device>-<date>.json`. Where there is no GPU it says what it would do, and ends with status 0.

@@ -210,7 +210,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         type=_names,
         default=["torch", "compile"],
         metavar="NAMES",
-        help="torch, compile, others (on a GPU: SDPA's backends, Liger); default: torch,compile",
+        help="torch, compile, others (on a GPU: SDPA's backends, PyTorch's int4 and int8 products, Liger); default: torch,compile",
     )
     add("--cold", action="store_true", help="also rows whose arguments come from memory, not from a cache")
     add("--seconds", type=float, default=0.6, metavar="S", help="time for each row (default: %(default)s)")

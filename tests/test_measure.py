@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from fastllm import backends
-from fastllm.measure import bench, limits, timing
+from fastllm.measure import bench, limits, others, timing
 from fastllm.measure.check import check
 from fastllm.measure.poison import poisoned
 from fastllm.measure.report import markdown, number, print_table, write_json
 from fastllm.measure.verify import all_cases, case_inputs, checked_isas, expected, run_case, select_cases, too_slow
 from fastllm.ops import _op
+from fastllm.ops.quant_matmul.cases import random_weight
 
 needs_cpu_kernels = pytest.mark.skipif(backends.cpu_module() is None, reason="fastllm._cpu is not built")
 
@@ -343,3 +344,54 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         write_json(file, {"a": object()})
     assert json.loads(file.read_text())["b"] == [True, None]
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+# ---------------------------------------------------------------- PyTorch's products of quantised weights, rivals on a GPU
+
+
+def quantised_case(n: int, k: int, **form) -> tuple[dict, torch.Tensor]:
+    """Arguments of 33 tokens in bf16, and x times the weight in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(33, k, generator=generator).bfloat16()
+    w = random_weight(generator, n, k, **form)
+    return {"x": x, "w": w, "activations": "float"}, x.float() @ w.dequantize(torch.float32).T
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"bits": 4, "group_size": 64, "form": "zero"},
+        {"bits": 4, "group_size": 128, "form": "minimum"},
+        {"bits": 4, "group_size": 32, "form": "both"},
+    ],
+)
+def test_the_int4_rival_holds_the_same_weight(form, monkeypatch):
+    """Its packing is a GPU's; what it is given, decoded as its documentation says, is the weight to bf16's rounding of scales."""
+    inputs, expected = quantised_case(48, 640, **form)
+    monkeypatch.setattr(torch, "_convert_weight_to_int4pack", lambda data, tiles: data)
+    monkeypatch.setattr(torch, "_weight_int4pack_mm", int4pack_mm)
+    y = others.torch_int4pack(**others.hold_int4pack(inputs))
+    assert (y - expected).abs().max() < 0.02 * expected.abs().max()
+    for other in ({"bias": torch.zeros(48)}, {"activations": "int8"}):
+        with pytest.raises(NotImplementedError, match="bias" if "bias" in other else "activations"):
+            others.hold_int4pack({**inputs, **other})
+
+
+def int4pack_mm(x, packed, group_size, scales_and_zeros):
+    q = torch.stack((packed >> 4, packed & 15), -1).flatten(1).float()[:, : x.shape[1]]
+    scale, zero = scales_and_zeros.float().transpose(0, 1).repeat_interleave(group_size, 1).unbind(-1)
+    return x.float() @ ((q - 8) * scale + zero).T
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_the_int8_rivals_hold_the_same_weight(activations):
+    inputs, expected = quantised_case(64, 256, bits=8, group_size=-1, form="zero")
+    held = others.hold_int8({**inputs, "activations": activations})
+    right, wrong = others.torch_int8pack, others.torch_int_mm
+    if activations == "int8":
+        right, wrong = wrong, right
+    with pytest.raises(NotImplementedError, match="activations"):
+        wrong(**held)
+    assert (right(**held).float() - expected).abs().max() < 0.02 * expected.abs().max()
+    with pytest.raises(NotImplementedError, match="symmetric int8 rows"):
+        others.hold_int8(quantised_case(64, 256, bits=8, group_size=128, form="zero")[0])

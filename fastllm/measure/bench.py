@@ -190,10 +190,12 @@ def _rows(spec: OpCases, case: Case, backend: str, isa: str, rivals: Sequence[st
         if "torch" in rivals:
             calls["torch"] = spec.torch
         notes = []
-        for name, call in others(spec.op, device).items() if "others" in rivals else ():
+        holds: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"ours": lambda own: own}
+        for name, other in others(spec.op, device).items() if "others" in rivals else ():
+            hold = other.held or spec.held_by_torch
             try:
-                call(**held)
-                calls[name] = call
+                other.call(**hold(inputs))
+                calls[name], holds[name] = other.call, hold
             except Exception as error:  # of another library, whatever it is: the row says so
                 notes.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
         if "compile" in rivals:
@@ -209,7 +211,7 @@ def _rows(spec: OpCases, case: Case, backend: str, isa: str, rivals: Sequence[st
             if not sets:
                 rows.append(replace(blank, cache="cold", note="cold: more copies of the arguments than memory should hold"))
                 continue
-            own = {name: sets if name == "ours" else [spec.held_by_torch(one) for one in sets] for name in calls}
+            own = {name: [holds.get(name, spec.held_by_torch)(one) for one in sets] for name in calls}
             if device == "cuda":
                 times, uncaptured = in_turns_on_gpu(calls, own, cold=is_cold, seconds=seconds)
                 share, host_us = _gpu_share(case, times["ours"]), host

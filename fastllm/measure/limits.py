@@ -109,6 +109,7 @@ class Limits:
         return {"fp32": self.fp32, "int8": self.int8, "int4": self.int4}[arithmetic] * 1e9
 
 
+_LOOPS = 2  # of csrc/cpu/limits.cpp, counted up where a loop comes nearer to the limit: what was kept is then too low
 _measured: dict[tuple[str, int], Limits] = {}
 
 
@@ -133,7 +134,7 @@ def limits(isa: str | None = None, threads: int | None = None, fresh: bool = Fal
         raise value_error("limits", "isa", isa, "one of " + ", ".join(module.isa_names()))
     if threads < 1:
         raise value_error("limits", "threads", threads, "at least 1")
-    key = f"{info()['processor']}, {os.cpu_count()} cores, {isa}, {threads} threads"
+    key = f"{info()['processor']}, {os.cpu_count()} cores, {isa}, {threads} threads, loops {_LOOPS}"
     if not fresh and (isa, threads) in _measured:
         return _measured[isa, threads]
     found = None
