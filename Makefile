@@ -63,7 +63,7 @@ compile-cuda: $(VENV)/installed
 
 # Builds the CUDA C++ kernels; tests, verifies and benchmarks them and Triton's with the PyTorch of GPU_PYTHON, which has to be a CUDA build.
 GPU_PYTHON ?= python3
-GPU_STEPS ?= build,tests,sanitizer,verify,bench
+GPU_STEPS ?= build,tests,sanitizer,verify,bench,model
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py --steps $(GPU_STEPS)
 

@@ -1,6 +1,6 @@
 """Everything that waits for a GPU, in one run: `make gpu`.
 
-    python benchmarks/gpu.py [--steps build,tests,sanitizer,verify,bench,tune] [--results benchmarks/results] [--seconds 0.3]
+    python benchmarks/gpu.py [--steps build,tests,sanitizer,verify,bench,model,tune] [--results benchmarks/results] [--seconds 0.3]
 
 build   fastllm._cpu and fastllm._cuda, in place, with the nvcc and the compiler that are found
 tests   the CUDA and Triton kernels' tests, on the GPU
@@ -9,6 +9,7 @@ verify  every case against float64
 bench   every model shape and the GPUs' own, beside PyTorch eager, torch.compile, SDPA's flash and cuDNN backends, PyTorch's
         int4 and int8 products and Liger-Kernel (where installed, or in build/gpu, where `make gpu-rivals` puts it), with the
         share of this GPU's limits
+model   decode steps of made-up models in Llama's shapes, captured in CUDA graphs (benchmarks/gpu_step.py)
 tune    measures other launches than the shipped ones (not by default: it takes minutes)
 
 Writes `<step>-<device>-<date>.json`. Where there is no GPU it says what it would do, and ends with status 0.
@@ -62,13 +63,14 @@ def steps(stem: str, results: Path, seconds: float) -> dict[str, list[list[str]]
                 *("--seconds", str(seconds), *file("bench")),
             ]
         ],
+        "model": [[sys.executable, "-m", "benchmarks.gpu_step", *file("model")]],
         "tune": [[*fastllm, "tune", *file("tune")]],
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", default="build,tests,sanitizer,verify,bench", help="(default: %(default)s)")
+    parser.add_argument("--steps", default="build,tests,sanitizer,verify,bench,model", help="(default: %(default)s)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="folder (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=0.3, help="of each row (default: %(default)s)")
     options = parser.parse_args()

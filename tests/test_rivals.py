@@ -15,6 +15,7 @@ from fastllm.models.loaders import read_checkpoint
 from fastllm.quant import QuantizedTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is no part of the package
+from benchmarks import gpu_step
 from benchmarks.rivals import common, environments, make_models, report, run
 
 TINY = common.Shape("tiny", 64, 2, 4, 2, 32, 96, 512, 10000.0, False, max_position_embeddings=128)
@@ -244,3 +245,15 @@ def test_a_process_that_dies_is_a_reason(monkeypatch):
     monkeypatch.setattr(run.environments, "python", lambda name: sys.executable)
     (entry,) = run.entries(["onnxruntime"], ["135m"], ["standard"])  # which is not in this Python
     assert "onnxruntime_genai" in entry.run(1)["error"]
+
+
+@pytest.mark.parametrize("weights", gpu_step.WEIGHTS)
+def test_the_gpu_benchmarks_model_decodes(weights):
+    """Its steps are a GPU's; here they run on the CPU, where one that is all quantised is replayed but for its embedding."""
+    shape = common.Shape("tiny", 256, 2, 4, 2, 64, 384, 512, 10000.0, True, max_position_embeddings=64)
+    row = gpu_step.measure(shape, weights, "cpu", prompt=5, steps=3)
+    assert row["tok_s"] > 0 and 0 < row["weights_gb_s"] < 1e4
+    llama = gpu_step.made_up(shape, weights, "cpu")
+    logits = llama.head(llama.hidden_states(torch.ones(1, 4, dtype=torch.int64), llama.new_cache(1, 4)))
+    assert logits.shape == (1, 4, 512) and bool(logits.isfinite().all())
+    assert 0.05 < logits.float().std() < 20
