@@ -238,6 +238,25 @@ def test_gguf(tmp_path, architecture, kind):
     assert tokenizer.decode(tokenizer.encode("the king 1200")) == "the king 1200"
 
 
+@pytest.mark.parametrize("kind", ["hf", "F16", "Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_rows_are_those_of_the_whole_tensor(tmp_path, architecture, kind):
+    """Ranges that start and end within a head of q and k, whose rows GGUF keeps in another order."""
+    if kind == "hf":
+        write_hf(tmp_path, hf_config(architecture), shards=2)
+        tensors = read_checkpoint(tmp_path).tensors
+    else:
+        write_gguf(tmp_path / "m.gguf", hf_config(architecture), kind)
+        tensors = read_checkpoint(tmp_path / "m.gguf").tensors
+    for name, shape in tensors.shapes.items():
+        whole, n = dense(tensors[name]), shape[0]
+        for start, stop in ((0, 1), (3, 7), (n // 2 - 5, n // 2 + 6), (n - 1, n)):
+            assert torch.equal(dense(tensors.rows(name, start, stop)), whole[start:stop]), (name, start, stop)
+    for start, stop in ((-1, 2), (2, 2), (0, SIZES["vocab_size"] + 1)):
+        with pytest.raises(ValueError, match="rows of model.embed_tokens.weight"):
+            tensors.rows("model.embed_tokens.weight", start, stop)
+
+
 def test_gguf_biases_of_llama_are_unpermuted(tmp_path):
     weights = write_gguf(tmp_path / "m.gguf", hf_config("llama"), "F16", bias=True)
     checkpoint = read_checkpoint(tmp_path / "m.gguf")

@@ -11,8 +11,9 @@ import torch
 import fastllm
 from fastllm.evaluation.quality import agreement, losses_of, perplexity, windows
 from fastllm.measure.check import check
-from fastllm.models import reference_ops
+from fastllm.models import loading, reference_ops
 from fastllm.models.llama import Llama
+from fastllm.models.loaders import TensorMap
 
 transformers = pytest.importorskip("transformers")
 
@@ -169,6 +170,24 @@ def test_quantising_at_load_degrades_in_the_order_it_should(weights, activations
     found = agreement(iter(exact.logits(ids)), iter(ours.logits(ids)))
     int4 = agreement(iter(exact.logits(ids)), iter(fastllm.load(tmp_path, weights="int4", group_size=32).logits(ids)))
     assert 0 < found.rms_logit_error <= 1.2 * int4.rms_logit_error
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+def test_matrices_are_read_in_pieces(weights, tmp_path, monkeypatch):
+    """A model takes its own memory while it is loaded, and that of a piece: no matrix is ever held twice."""
+    save(ARCHITECTURES["qwen2"], tmp_path)
+    ids = ids_of(2, 20)
+    expected = fastllm.load(tmp_path, weights=weights, group_size=32).logits(ids)
+    read, rows = [], TensorMap.rows
+
+    def watched(self, name, start, stop):
+        read.append((stop - start) * (self.shapes[name][1] if len(self.shapes[name]) == 2 else 1))
+        return rows(self, name, start, stop)
+
+    monkeypatch.setattr(TensorMap, "rows", watched)
+    monkeypatch.setattr(loading, "PIECE_WEIGHTS", 16 * 352)  # a block of the widest rows
+    assert torch.equal(fastllm.load(tmp_path, weights=weights, group_size=32).logits(ids), expected)
+    assert max(read) <= 16 * 352
 
 
 def test_text_needs_a_tokenizer_and_says_so(tmp_path):

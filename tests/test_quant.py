@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastllm.pages import HugePages
 from fastllm.quant import (
     QuantizedTensor,
     cat_rows,
@@ -19,6 +20,7 @@ from fastllm.quant import (
     from_q4_0,
     from_q4_1,
     from_q8_0,
+    pack_parts,
     quantize,
 )
 from fastllm.quant.tensor import store_integers
@@ -110,6 +112,30 @@ def test_pack_crosses_its_row_chunks():
     tensor, _ = random_quantized(2 * 1024 + 21, 64, 4, 32)
     assert torch.equal(tensor.pack().unpack().data, tensor.data)
     assert torch.equal(tensor.pack().data[64:128], tensor.slice_rows(1024, 2048).pack().data)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("with_minimum", [False, True])
+def test_parts_pack_to_what_the_whole_packs_to(bits, with_minimum):
+    whole, _ = random_quantized(80 + 21, 40, bits, 40)
+    whole = whole if with_minimum else replace(whole, minimum=None)
+    parts = [whole.slice_rows(*at) for at in ((0, 16), (16, 80), (80, 101))]
+    for memory in (None, HugePages()):
+        packed, expected = pack_parts(iter(parts), 101, memory), whole.pack()
+        for name in ("data", "scale", "minimum"):
+            mine, its = getattr(packed, name), getattr(expected, name)
+            assert mine is its is None or torch.equal(mine, its), name
+        assert packed.shape == whole.shape and packed.layout == "x16"
+    for wrong, n, sentence in (
+        ([], 101, "pack_parts: parts is 'none'"),
+        (parts[:2], 101, "rows of the parts is 80, expected 101 in all"),
+        (parts, 100, "rows of the parts is 101, expected 100 in all"),
+        ([whole.slice_rows(0, 20), whole.slice_rows(20, 101)], 101, "each part but the last fills blocks of 16"),
+        ([parts[0], replace(parts[1], zero=1), parts[2]], 101, "an element of parts is .*, expected one like"),
+        ([parts[0].pack(), *parts[1:]], 101, "in layout 'rows'"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            pack_parts(wrong, n)
 
 
 @pytest.mark.parametrize("layout", ["rows", "x16"])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterator
 from os import PathLike
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,14 +13,15 @@ from torch import Tensor
 from ..errors import dtype_error, value_error
 from ..nn.rope import rope_tables
 from ..pages import HugePages
-from ..quant import QuantizedTensor, cat_rows, quantize
+from ..quant import LINE_ROWS, QuantizedTensor, cat_rows, pack_parts, quantize
 from .llama import Layer, Llama, Weight, Weights
-from .loaders import Checkpoint, ModelConfig, read_checkpoint
+from .loaders import Checkpoint, ModelConfig, TensorMap, read_checkpoint
 from .model import LanguageModel
 
 __all__ = ["load"]
 
 NARROWER = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))  # dtype and a cache of fewer bits
+PIECE_WEIGHTS = 1 << 20  # of a matrix that are read and converted at a time
 DEFAULT_CONTEXT = 8192  # a larger one costs memory (tables and cache) that most callers do not want
 
 
@@ -73,7 +75,8 @@ def load(
             raise NotImplementedError(
                 f"load: the checkpoint has {what}, expected none (of the biases, only qkv_bias is served)"
             )
-    tokenizer = _tokenizer(checkpoint)  # first: what it needs for a moment is given back before the weights come
+    tokenizer = _tokenizer(checkpoint)
+    _give_back_freed_memory()  # before the weights come: what a tokenizer needs for a moment is more than its tenth
     bits = {None: None, "int8": 8, "int4": 4}[weights]
     builder = _Builder(checkpoint.tensors, config, dtype, bits, group_size, device)
     model_weights = builder.weights()
@@ -106,7 +109,7 @@ def _checked_device(device: torch.device | str) -> torch.device:
 
 
 def _give_back_freed_memory() -> None:
-    """glibc keeps what is freed between blocks that live on: after loading, some 8 MiB for a 135M model."""
+    """glibc keeps what is freed between blocks that live on: some 8 MiB for a 135M model."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -124,7 +127,7 @@ class _Builder:
 
     def __init__(
         self,
-        tensors: Mapping[str, Tensor | QuantizedTensor],
+        tensors: TensorMap,
         config: ModelConfig,
         dtype: torch.dtype | None,
         bits: int | None,
@@ -134,7 +137,7 @@ class _Builder:
         self.tensors, self.config, self.bits, self.group_size, self.device = tensors, config, bits, group_size, device
         self.memory = HugePages()  # of all packed matrices
         if dtype is None:
-            stored = tensors["model.layers.0.self_attn.o_proj.weight"]
+            stored = tensors.rows("model.layers.0.self_attn.o_proj.weight", 0, 1)
             quantised = isinstance(stored, QuantizedTensor) or bits is not None
             dtype = torch.float32 if quantised or isinstance(stored, QuantizedTensor) else stored.dtype
         self.dtype = dtype
@@ -149,7 +152,6 @@ class _Builder:
         )
 
     def layer(self, at: str) -> Layer:
-        _give_back_freed_memory()  # of the layer before: blocks of some MiB would stay, and add up to a fifth of a 1B model
         qkv = [f"{at}self_attn.{name}_proj" for name in "qkv"]
         return Layer(
             attention_norm=self.vector(at + "input_layernorm.weight"),
@@ -170,12 +172,33 @@ class _Builder:
         return value.to(self.device, self.dtype)
 
     def matrix(self, *names: str, quantise: bool = True) -> Weight:
-        """The matrices' rows one below the other, packed if quantised."""
-        parts = [self.tensors[name + ".weight"] for name in names]
-        if self.bits is not None and quantise:
-            parts = [p if isinstance(p, QuantizedTensor) else quantize(p, self.bits, self.group_size) for p in parts]
-        quantised = [p for p in parts if isinstance(p, QuantizedTensor)]
-        if len(quantised) == len(parts):
-            return (cat_rows(quantised) if len(parts) > 1 else quantised[0]).pack(self.memory).to(self.device)
-        floats = [p.dequantize(self.dtype) if isinstance(p, QuantizedTensor) else p.to(self.dtype) for p in parts]
-        return (torch.cat(floats) if len(floats) > 1 else floats[0].contiguous()).to(self.device)
+        """The matrices' rows one below the other, packed if quantised. They are read and converted piece by piece."""
+        names = tuple(f"{name}.weight" for name in names)
+        rows = [self.tensors.shapes[name][0] for name in names]
+        pieces = (self.rows(name, *at, quantise) for name, n in zip(names, rows) for at in self.ranges(name, n))
+        first_rows = [self.rows(name, 0, 1, quantise) for name in names]
+        quantised = [row for row in first_rows if isinstance(row, QuantizedTensor)]
+        if len(quantised) == len(names):
+            if all(row.alike(quantised[0]) for row in quantised) and not any(n % LINE_ROWS for n in rows[:-1]):
+                return pack_parts(cast(Iterator[QuantizedTensor], pieces), sum(rows), self.memory).to(self.device)
+            whole = [self.rows(name, 0, n, quantise) for name, n in zip(names, rows)]
+            return cat_rows(cast(list[QuantizedTensor], whole)).pack(self.memory).to(self.device)
+        out = torch.empty((sum(rows), self.tensors.shapes[names[0]][1]), dtype=self.dtype, device=self.device)
+        done = 0
+        for piece in pieces:
+            end = done + piece.shape[0]
+            out[done:end] = piece.dequantize(self.dtype) if isinstance(piece, QuantizedTensor) else piece
+            done = end
+        return out
+
+    def rows(self, name: str, start: int, stop: int, quantise: bool) -> Tensor | QuantizedTensor:
+        """As they are stored; quantised, where that was asked for."""
+        part = self.tensors.rows(name, start, stop)
+        if self.bits is None or not quantise or isinstance(part, QuantizedTensor):
+            return part
+        return quantize(part, self.bits, self.group_size)
+
+    def ranges(self, name: str, rows: int) -> Iterator[tuple[int, int]]:
+        """Whole blocks of 16 rows, of about a million weights together: what is held beside the result stays in the cache."""
+        step = max(1, PIECE_WEIGHTS // self.tensors.shapes[name][1] // LINE_ROWS) * LINE_ROWS
+        return ((start, min(start + step, rows)) for start in range(0, rows, step))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..errors import dtype_error, shape_error, type_error, value_error
 from ..pages import HugePages
 
-__all__ = ["QuantizedTensor", "cat_rows", "store_integers"]
+__all__ = ["LINE_ROWS", "QuantizedTensor", "cat_rows", "pack_parts", "store_integers"]
 
 GROUP_SIZES = (32, 64, 128)
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -149,27 +150,8 @@ class QuantizedTensor:
         """The same weight in layout "x16", on the CPU in ``memory`` if it is given; itself if it is there already."""
         if self.layout == "x16":
             return self
-        n, k = self.shape
-        blocks = -(-n // LINE_ROWS)
-        lines = (blocks, _lines(k, self.bits), LINE_BYTES)
-        memory = memory if self.data.device.type == "cpu" else None
-        data = memory.zeros(lines, torch.uint8) if memory else self.data.new_empty(lines)
-        for start in range(0, n, PACK_ROWS):
-            rows = self.data[start : start + PACK_ROWS]
-            first, count = start // LINE_ROWS, -(-rows.shape[0] // LINE_ROWS)
-            part = data[first : first + count].view(count, -1, LINE_ROWS, 4)
-            padded = self._pad(rows, count * LINE_ROWS).view(count, LINE_ROWS, part.shape[1], -1)
-            if self.bits == 8:
-                part.copy_(padded.transpose(1, 2))
-            else:
-                _interleave_nibbles(padded.transpose(1, 2), out=part)
-        return replace(
-            self,
-            data=data,
-            scale=_block_groups(self.scale, memory),
-            minimum=None if self.minimum is None else _block_groups(self.minimum, memory),
-            layout="x16",
-        )
+        rows = range(0, self.shape[0], PACK_ROWS)
+        return pack_parts((self.slice_rows(i, min(i + PACK_ROWS, self.shape[0])) for i in rows), self.shape[0], memory)
 
     def unpack(self) -> QuantizedTensor:
         """The same weight in layout "rows"; itself if it is there already."""
@@ -218,9 +200,29 @@ class QuantizedTensor:
             shape=(stop - start, k),
         )
 
-    def _pad(self, rows: Tensor, count: int) -> Tensor:
-        """Extend ``rows`` of the canonical data to ``count`` rows and to the padded width, with q = zero."""
-        k = self.shape[1]
+    def alike(self, other: QuantizedTensor) -> bool:
+        """Whether rows of the other can stand below this one's as they are."""
+        mine, its = (
+            (t.shape[1], t.bits, t.zero, t.group_size, t.layout, t.scale.dtype, t.minimum is None, t.data.device)
+            for t in (self, other)
+        )
+        return mine == its
+
+    def _pack_into(self, data: Tensor, scale: Tensor, minimum: Tensor | None) -> None:
+        """Writes the rows into the blocks of a packed weight that they fill."""
+        lines = data.view(data.shape[0], -1, LINE_ROWS, 4)
+        padded = self._pad(data.shape[0] * LINE_ROWS).view(data.shape[0], LINE_ROWS, lines.shape[1], -1).transpose(1, 2)
+        if self.bits == 8:
+            lines.copy_(padded)
+        else:
+            _interleave_nibbles(padded, out=lines)
+        _block_groups(self.scale, out=scale)
+        if minimum is not None and self.minimum is not None:
+            _block_groups(self.minimum, out=minimum)
+
+    def _pad(self, count: int) -> Tensor:
+        """The canonical data, extended to ``count`` rows and to the padded width with q = zero."""
+        rows, k = self.data, self.shape[1]
         width = -(-k // K_MULTIPLE) * K_MULTIPLE * self.bits // 8
         if rows.shape == (count, width):
             return rows
@@ -231,6 +233,39 @@ class QuantizedTensor:
             padded[: rows.shape[0], k // 2] &= 0x0F
             padded[: rows.shape[0], k // 2] |= self.zero << 4
         return padded
+
+
+def pack_parts(parts: Iterable[QuantizedTensor], rows: int, memory: HugePages | None = None) -> QuantizedTensor:
+    """Rows that come in parts, one below the other, as one weight in layout "x16": parts are read and packed one by one, so that no
+    more than one of them is ever held beside the result.
+
+    Args:
+        parts: in layout "rows", ``alike``; each but the last has a multiple of 16 rows.
+        rows: N of them all.
+        memory: where the result goes on the CPU, if it is given.
+
+    Raises: ValueError for parts that differ, that do not fill their blocks, or that are not ``rows`` rows together.
+    """
+    op, done, parts = "pack_parts", 0, iter(parts)
+    first = next(parts, None)
+    if first is None:
+        raise value_error(op, "parts", "none", "at least one QuantizedTensor")
+    blocks = -(-rows // LINE_ROWS)
+    data = _empty((blocks, _lines(first.shape[1], first.bits), LINE_BYTES), first.data, memory)
+    scale = _empty((blocks, first.scale.shape[1], LINE_ROWS), first.scale, memory)
+    minimum = None if first.minimum is None else _empty(scale.shape, first.scale, memory)
+    for part in chain([first], parts):
+        if part.layout != "rows" or not part.alike(first):
+            raise value_error(op, "an element of parts", part, f"one like {first}, in layout 'rows'")
+        end = done + part.shape[0]
+        if done % LINE_ROWS or end > rows:
+            raise value_error(op, "rows of the parts", end, f"{rows} in all", "each part but the last fills blocks of 16")
+        to = slice(done // LINE_ROWS, -(-end // LINE_ROWS))
+        part._pack_into(data[to], scale[to], None if minimum is None else minimum[to])
+        done = end
+    if done != rows:
+        raise value_error(op, "rows of the parts", done, f"{rows} in all")
+    return replace(first, data=data, scale=scale, minimum=minimum, shape=(rows, first.shape[1]), layout="x16")
 
 
 def cat_rows(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
@@ -339,15 +374,17 @@ def _deinterleave_nibbles(lines: Tensor) -> Tensor:
     return rows
 
 
-def _block_groups(values: Tensor, memory: HugePages | None) -> Tensor:
+def _empty(shape: Sequence[int], like: Tensor, memory: HugePages | None) -> Tensor:
+    return memory.zeros(shape, like.dtype) if memory and like.is_cpu else like.new_empty(shape)
+
+
+def _block_groups(values: Tensor, out: Tensor) -> None:
     """(N, G) -> (N16, G, 16), missing rows 0."""
     n, groups = values.shape
-    shape = (-(-n // LINE_ROWS), groups, LINE_ROWS)
-    out = memory.zeros(shape, values.dtype) if memory else values.new_zeros(shape)
     whole = n // LINE_ROWS
     out[:whole] = values[: whole * LINE_ROWS].view(whole, LINE_ROWS, groups).transpose(1, 2)
+    out[whole:] = 0
     out[whole:, :, : n % LINE_ROWS] = values[whole * LINE_ROWS :].T
-    return out
 
 
 def _unblock_groups(values: Tensor, n: int) -> Tensor:

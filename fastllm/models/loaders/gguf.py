@@ -93,28 +93,30 @@ class GGUFFile:
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
 
-    def read_rows(self, name: str) -> Tensor:
-        """The stored bytes of a tensor, (rows, bytes of a row) uint8, read once into memory of our own."""
+    def read_rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """The stored bytes of a tensor's rows, (rows, bytes of a row) uint8, read once into memory of our own."""
         info = self.tensors[name]
         kind, block, block_bytes = self.layout(name)
         k = info.shape[-1]
         rows, row_bytes = math.prod(info.shape[:-1]), k // block * block_bytes
-        end = info.offset + rows * row_bytes
+        stop = rows if stop is None else stop
+        end = info.offset + stop * row_bytes
         if end > self.size:
             raise value_error(
-                "read_checkpoint", f"size of {self.path}", self.size, f"at least {end}", f"{name} ({kind}) ends there"
+                "read_checkpoint", f"size of {self.path}", self.size, f"at least {end}", f"{name} ({kind}) goes on to there"
             )
-        raw = torch.empty((rows, row_bytes), dtype=torch.uint8)
+        raw = torch.empty((stop - start, row_bytes), dtype=torch.uint8)
         buffer = memoryview(raw.view(-1).numpy())  # type: ignore[arg-type]
         if not self.path.is_file():
             raise missing_file(f"the file of {name}", self.path)
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(info.offset)
+            at = info.offset + start * row_bytes
+            file.seek(at)
             done = 0
             while done < len(buffer):
                 count = file.readinto(buffer[done:])
                 if not count:
-                    raise value_error("read_checkpoint", f"size of {self.path}", info.offset + done, f"at least {end}")
+                    raise value_error("read_checkpoint", f"size of {self.path}", at + done, f"at least {end}")
                 done += count
         return raw
 
@@ -196,18 +198,22 @@ def open_gguf(path: Path) -> tuple[ModelConfig, TensorMap]:
     lean = GGUFFile(path, file.size, {}, {name: file.tensors[name] for name in names.values()})
     # llama.cpp's converter interleaves the two halves of each head of q and k for its rotary kernel, for "llama" alone.
     permuted = file.metadata["general.architecture"] == "llama"
+    moved = {name for name in names if permuted and re.search(r"\.self_attn\.[qk]_proj\.", name)}
 
-    def read(name: str) -> Tensor | QuantizedTensor:
-        stored = names[name]
-        raw = lean.read_rows(stored)
-        if permuted and ".self_attn.q_proj." in name:
-            raw = _unpermute(raw.view(expected[name][0], -1), config.num_heads)
-        elif permuted and ".self_attn.k_proj." in name:
-            raw = _unpermute(raw.view(expected[name][0], -1), config.num_kv_heads)
+    def read(name: str, start: int, stop: int) -> Tensor | QuantizedTensor:
+        stored, shape = names[name], expected[name]
+        together = config.head_dim if name in moved else 1
+        first, end = start // together * together, -(-stop // together) * together
+        # A vector is one row of the file.
+        vector = len(shape) == 1
+        raw = lean.read_rows(stored).view(shape[0], -1)[first:end] if vector else lean.read_rows(stored, first, end)
+        if name in moved:
+            raw = _unpermute(raw, config.head_dim)
+        raw = raw[start - first : stop - first]
         kind = lean.layout(stored)[0]
         if kind in QUANTIZED:
             return QUANTIZED[kind](raw)
-        return raw.view(FLOATS[kind]).view(expected[name])
+        return raw.view(FLOATS[kind]).view(-1, *shape[1:])
 
     return config, TensorMap(expected, read)
 
@@ -384,6 +390,6 @@ def _rope_scaling(file: GGUFFile, architecture: str, max_positions: Any) -> dict
     }
 
 
-def _unpermute(rows: Tensor, heads: int) -> Tensor:
+def _unpermute(rows: Tensor, head_dim: int) -> Tensor:
     """Rows of each head from (pair, half) order back to (half, pair): whole rows move, so quantised groups stay whole."""
-    return rows.view(heads, -1, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
+    return rows.view(-1, head_dim // 2, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)

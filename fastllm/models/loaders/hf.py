@@ -45,8 +45,8 @@ def open_hf(path: Path) -> tuple[ModelConfig, TensorMap]:
             raise value_error("read_checkpoint", f"{name} in {file}", "missing", "a tensor", "the index points there")
     check_shapes(path, expected, shapes, {name: f"{name} of {file.name}" for name, file in files.items()})
 
-    def read(name: str) -> Tensor:
-        return _read_tensor(files[name], name, expected[name])
+    def read(name: str, start: int, stop: int) -> Tensor:
+        return _read_rows(files[name], name, expected[name], start, stop)
 
     return config, TensorMap(expected, read)
 
@@ -98,19 +98,21 @@ def _headers(file: Path) -> list[tuple[str, tuple[int, ...], str]]:
         raise _unreadable(file, error) from None
 
 
-def _read_tensor(file: Path, name: str, shape: tuple[int, ...]) -> Tensor:
-    """One tensor in memory of its own: the file's mapping ends here, so its pages leave the process with it."""
+def _read_rows(file: Path, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+    """In memory of their own: the file's mapping ends here, so its pages leave the process with it."""
     if not file.is_file():
         raise missing_file(f"the file of {name}", file)
     try:
         with safe_open(file, framework="pt") as handle:
-            tensor: Tensor = handle.get_tensor(name).clone()
+            stored = handle.get_slice(name)
+            found = tuple(stored.get_shape())
+            tensor: Tensor = stored[start:stop].clone()
     except (SafetensorError, OSError) as error:
         raise _unreadable(file, error) from None
     if tensor.dtype not in DTYPES.values():
         raise dtype_error("read_checkpoint", f"{name} in {file}", tensor.dtype, " or ".join(DTYPES))
-    if tuple(tensor.shape) != shape:
-        raise value_error("read_checkpoint", f"shape of {name} in {file}", tuple(tensor.shape), f"{shape}, as at opening")
+    if found != shape:
+        raise value_error("read_checkpoint", f"shape of {name} in {file}", found, f"{shape}, as at opening")
     return tensor
 
 

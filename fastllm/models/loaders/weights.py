@@ -20,14 +20,19 @@ class TensorMap(Mapping[str, "Tensor | QuantizedTensor"]):
     ``shapes`` has the shape of every tensor, without reading any.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor | QuantizedTensor]) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str, int, int], Tensor | QuantizedTensor]) -> None:
         self.shapes = shapes
         self._read = read
 
     def __getitem__(self, name: str) -> Tensor | QuantizedTensor:
-        if name not in self.shapes:
-            raise KeyError(name)
-        return self._read(name)
+        return self.rows(name, 0, self.shapes[name][0])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor | QuantizedTensor:
+        """Rows ``start`` to ``stop`` of a tensor alone (elements of a vector): so much is read, and no more."""
+        rows = self.shapes[name][0]
+        if not 0 <= start < stop <= rows:
+            raise value_error("read_checkpoint", f"rows of {name}", (start, stop), f"0 <= start < stop <= {rows}")
+        return self._read(name, start, stop)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
