@@ -234,7 +234,7 @@ def test_a_drawn_index_never_has_weight_zero():
     assert {draw_index(weights, generator) for _ in range(200)} == {1, 3}
 
 
-@pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 33, 1000])
+@pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 33, 1000, 4096, 9001])
 def test_first_maxima_are_argmax_with_ties_infinities_and_nan(columns):
     generator = torch.Generator().manual_seed(columns)
     logits = torch.randint(-3, 4, (200, columns), generator=generator).float()  # ties in every row

@@ -1,35 +1,61 @@
 // What generation does around a step's kernels. A few PyTorch calls would compute the same, at tens of microseconds
 // each: after a step's weights have gone through the caches, nothing of Python or PyTorch is left in them.
+#include <cstring>
+
 #include "bindings.h"
 
 namespace fastllm::cpu {
 namespace {
 
-// The first of the largest of x[0 .. n), as torch.argmax has it: a NaN counts as larger than all.
+// GCC's and clang's own vectors: bindings are compiled at the baseline, for any processor.
+using Lanes __attribute__((vector_size(16))) = float;
+
+// The first of the largest of x[0 .. n), n > 0, as torch.argmax has it: a NaN counts as larger than all. Block by
+// block, so that only the block of the largest is looked at again, while it is in L1.
 int64_t argmax_row(const float* x, int64_t n) {
-  constexpr int kLanes = 16;
-  float most[kLanes];
-  bool nan = false;
-  for (int j = 0; j < kLanes; ++j) most[j] = x[0];
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    int unordered = 0;
-    for (int j = 0; j < kLanes; ++j) {
-      most[j] = x[i + j] > most[j] ? x[i + j] : most[j];
-      unordered |= x[i + j] != x[i + j];
-    }
-    nan |= unordered != 0;
-  }
+  constexpr int64_t kBlock = 4096;
+  constexpr int kVectors = 4, kLanes = 4;
   float top = x[0];
-  for (int j = 0; j < kLanes; ++j) top = most[j] > top ? most[j] : top;
-  for (; i < n; ++i) {
-    top = x[i] > top ? x[i] : top;
-    nan |= x[i] != x[i];
+  int64_t of_top = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+    Lanes most[kVectors], zeros[kVectors];  // what is finite leaves 0 in these, NaN and infinities leave NaN
+    for (int j = 0; j < kVectors; ++j) {
+      most[j] = Lanes{} + x[begin];
+      zeros[j] = Lanes{};
+    }
+    int64_t i = begin;
+    for (; i + kVectors * kLanes <= end; i += kVectors * kLanes) {
+      for (int j = 0; j < kVectors; ++j) {
+        Lanes a;
+        std::memcpy(&a, x + i + j * kLanes, sizeof a);
+        most[j] = a > most[j] ? a : most[j];
+        zeros[j] += a * 0.0f;
+      }
+    }
+    float here = x[begin], zero = 0.0f;
+    for (int j = 0; j < kVectors; ++j) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        here = most[j][lane] > here ? most[j][lane] : here;
+        zero += zeros[j][lane];
+      }
+    }
+    for (; i < end; ++i) {
+      here = x[i] > here ? x[i] : here;
+      zero += x[i] * 0.0f;
+    }
+    if (zero != 0.0f) {
+      for (i = begin; i < end; ++i) {
+        if (x[i] != x[i]) return i;
+      }
+    }
+    if (here > top) {
+      top = here;
+      of_top = begin;
+    }
   }
-  for (i = 0; i < n; ++i) {
-    if (nan ? x[i] != x[i] : x[i] == top) break;
-  }
-  return i;
+  while (x[of_top] != top) ++of_top;
+  return of_top;
 }
 
 void place_tokens(const std::vector<int64_t>& tokens, const TensorView& lengths, const TensorView& last,
