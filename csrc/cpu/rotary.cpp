@@ -11,6 +11,8 @@
 // the heads. Flops: 3 a lane, far below what memory allows: memory limits it, from L2 or beyond.
 #include "rotary.h"
 
+#include <type_traits>
+
 #include "../rows.h"
 #include "parallel.h"
 #include "quantize.h"
@@ -34,6 +36,17 @@ FASTLLM_INLINE void copy_lanes(const X* x, X* y, int64_t n) {
 template <typename X, typename C, typename Y>
 FASTLLM_INLINE void rotate_halves(const X* x, Y* y, const C* cos, const C* sin, int64_t half) {
   int64_t i = 0;
+  if constexpr (std::is_same_v<X, C> && std::is_same_v<X, Y>) {  // in the order of pairs, whatever it is
+    for (; i + 2 * kWidth <= half; i += 2 * kWidth) {
+      const pair a = load_pair(x + i), b = load_pair(x + half + i);
+      const pair cos_a = load_pair(cos + i), sin_a = load_pair(sin + i);
+      const pair cos_b = load_pair(cos + half + i), sin_b = load_pair(sin + half + i);
+      store_clean(y + i, pair{fnmadd(b.first, sin_a.first, a.first * cos_a.first),
+                              fnmadd(b.second, sin_a.second, a.second * cos_a.second)});
+      store_clean(y + half + i, pair{fmadd(a.first, sin_b.first, b.first * cos_b.first),
+                                     fmadd(a.second, sin_b.second, b.second * cos_b.second)});
+    }
+  }
   for (; i + kWidth <= half; i += kWidth) {
     const vf a = load(x + i), b = load(x + half + i);
     store(y + i, fnmadd(b, load(sin + i), a * load(cos + i)));

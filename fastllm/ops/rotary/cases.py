@@ -181,13 +181,14 @@ def _cases() -> list[Case]:
         ) -> None:
             B, H, Hk, T, D = shape
             R = options.get("R", D)
-            moved = 2 * B * (H + Hk) * T * D * _dtype.itemsize + 2 * T * R * 4
+            moved = 2 * B * (H + Hk) * T * D * _dtype.itemsize + 2 * T * R * options.get("angles", torch.float32).itemsize
             make = _inputs(*shape, dtype=_dtype, **options)
             cases.append(Case(name, _dtype, make, moved, 3 * B * (H + Hk) * T * R, bench, gpu))
 
         if dtype == torch.bfloat16:
             add("llama-3.1-8b prefill q 4x32x4096x128 k 4x8x4096x128", 4, 32, 8, 4096, 128, bench=True, gpu=True)
-        add("llama-3.2-1b prefill q 1x32x512x64 k 1x8x512x64", 1, 32, 8, 512, 64, bench=True)
+        # cos and sin in q's dtype, as transformers has them
+        add("llama-3.2-1b prefill q 1x32x512x64 k 1x8x512x64", 1, 32, 8, 512, 64, bench=True, angles=dtype)
         add("llama-3.2-1b decode q 1x32x1x64 k 1x8x1x64", 1, 32, 8, 1, 64, bench=True)
         add("smollm2-135m prefill q 1x9x512x64 k 1x3x512x64", 1, 9, 3, 512, 64, bench=True)
         add("contiguous 2x3x5x32", 2, 3, 1, 5, 32, layout="plain", own_positions=True)
