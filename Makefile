@@ -16,7 +16,7 @@ test: $(VENV)/installed build/built $(VENV)/model
 	$(PY) -m pytest
 	TRITON_INTERPRET=1 $(PY) -m pytest -n auto tests/test_triton.py tests/test_launch.py
 
-# Tests keep the memory that they free: to give it back and get it anew, zeroed, was a third of their time.
+# Tests keep the memory that they free: many are so short that giving it back and getting it anew, zeroed, would take longer.
 test simt sanitize emulate: export MALLOC_MMAP_THRESHOLD_ = 1000000000
 test simt sanitize emulate: export MALLOC_TRIM_THRESHOLD_ = 2000000000
 

@@ -38,11 +38,11 @@ def weight_bytes(llama) -> int:
 
 
 class Reading:
-    """Reads memory and does nothing else, on all threads: up to 256 MiB, whatever a step reads."""
+    """Reads as much memory as a step does, at most 256 MiB, on all threads, and does nothing else."""
 
     def __init__(self, size: int) -> None:
         threads = torch.get_num_threads()
-        floats = min(size, 256 << 20) // 4 // threads // 1024 * 1024
+        floats = max(1, min(size, 256 << 20) // 4 // threads // 1024) * 1024
         self.rows, self.tiles = HugePages().zeros((threads, floats), torch.float32), torch.zeros(1024)
         self.rows.fill_(1.0)
 
@@ -103,6 +103,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help="of each kind, at least 8 (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures here")
     options = parser.parse_args()
+    if options.steps < 8:
+        parser.error(
+            f"--steps is {options.steps}, expected at least 8, because the reading has its turn after every eighth step"
+        )
     context = options.prompt + 2 * options.steps + 1
     model = fastllm.load(
         options.model, activations=options.activations, cache_dtype=getattr(torch, options.cache), context=context

@@ -76,7 +76,7 @@ def load(
                 f"load: the checkpoint has {what}, expected none (of the biases, only qkv_bias is served)"
             )
     tokenizer = _tokenizer(checkpoint)
-    _give_back_freed_memory()  # before the weights come: what a tokenizer needs for a moment is more than its tenth
+    _give_back_freed_memory()  # what a tokenizer needs for a moment, before the weights come
     bits = {None: None, "int8": 8, "int4": 4}[weights]
     builder = _Builder(checkpoint.tensors, config, dtype, bits, group_size, device)
     model_weights = builder.weights()

@@ -244,7 +244,8 @@ def pack_parts(parts: Iterable[QuantizedTensor], rows: int, memory: HugePages | 
         rows: N of them all.
         memory: where the result goes on the CPU, if it is given.
 
-    Raises: ValueError for parts that differ, that do not fill their blocks, or that are not ``rows`` rows together.
+    Returns: the weight (rows, K), of the parts' bits, zero, group size and scale dtype, on their device.
+    Raises: ValueError for no part, parts that differ, that do not fill their blocks, or that are not ``rows`` rows together.
     """
     op, done, parts = "pack_parts", 0, iter(parts)
     first = next(parts, None)

@@ -392,4 +392,4 @@ def _rope_scaling(file: GGUFFile, architecture: str, max_positions: Any) -> dict
 
 def _unpermute(rows: Tensor, head_dim: int) -> Tensor:
     """Rows of each head from (pair, half) order back to (half, pair): whole rows move, so quantised groups stay whole."""
-    return rows.view(-1, head_dim // 2, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
+    return rows.view(rows.shape[0] // head_dim, -1, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)

@@ -106,13 +106,13 @@ def _read_rows(file: Path, name: str, shape: tuple[int, ...], start: int, stop: 
         with safe_open(file, framework="pt") as handle:
             stored = handle.get_slice(name)
             found = tuple(stored.get_shape())
+            if found != shape:
+                raise value_error("read_checkpoint", f"shape of {name} in {file}", found, f"{shape}, as at opening")
             tensor: Tensor = stored[start:stop].clone()
     except (SafetensorError, OSError) as error:
         raise _unreadable(file, error) from None
     if tensor.dtype not in DTYPES.values():
         raise dtype_error("read_checkpoint", f"{name} in {file}", tensor.dtype, " or ".join(DTYPES))
-    if found != shape:
-        raise value_error("read_checkpoint", f"shape of {name} in {file}", found, f"{shape}, as at opening")
     return tensor
 
 
