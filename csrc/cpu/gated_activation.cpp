@@ -22,9 +22,11 @@ FASTLLM_INLINE vf exponent(GeluTanh, vf g) {
   return g * fmadd(g * g, set1(0.07135481282553f), set1(1.5957691216057308f));
 }
 
-template <typename Act>
+// T is what the result is rounded to.
+template <typename Act, typename T>
 FASTLLM_INLINE vf gated(vf gate, vf up) {
-  return gate * sigmoid(exponent(Act{}, gate)) * up;
+  const vf x = exponent(Act{}, gate);
+  return gate * (sizeof(T) == 4 ? sigmoid(x) : sigmoid_coarse(x)) * up;
 }
 
 template <typename Act, typename T>
@@ -34,12 +36,12 @@ FASTLLM_INLINE void gated_row(const T* gate, const T* up, T* y, int64_t I) {
     pair r[2];
     for (int j = 0; j < 2; ++j) {
       const pair g = load_pair(gate + i + 2 * j * kWidth), u = load_pair(up + i + 2 * j * kWidth);
-      r[j] = {gated<Act>(g.first, u.first), gated<Act>(g.second, u.second)};
+      r[j] = {gated<Act, T>(g.first, u.first), gated<Act, T>(g.second, u.second)};
     }
     for (int j = 0; j < 2; ++j) store_clean(y + i + 2 * j * kWidth, r[j]);
   }
-  for (; i + kWidth <= I; i += kWidth) store(y + i, gated<Act>(load(gate + i), load(up + i)));
-  if (i < I) store_n(y + i, gated<Act>(load_n(gate + i, I - i), load_n(up + i, I - i)), I - i);
+  for (; i + kWidth <= I; i += kWidth) store(y + i, gated<Act, T>(load(gate + i), load(up + i)));
+  if (i < I) store_n(y + i, gated<Act, T>(load_n(gate + i, I - i), load_n(up + i, I - i)), I - i);
 }
 
 template <typename Act, typename T>

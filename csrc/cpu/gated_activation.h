@@ -18,6 +18,6 @@ struct GatedActivationArgs {
   int threads;
 };
 
-FASTLLM_KERNEL(gated_activation, GatedActivationArgs, avx512)
+FASTLLM_KERNEL(gated_activation, GatedActivationArgs, avx512_bf16)
 
 }  // namespace fastllm::cpu

@@ -62,7 +62,11 @@ struct Int8 {
   FASTLLM_INLINE Operand at(const float* p) { return _mm512_loadu_si512(p); }
   FASTLLM_INLINE Sum dot(Operand x, Operand y, Sum sum) {
 #if FASTLLM_ISA_LEVEL >= 3
-    return _mm512_dpbusd_epi32(sum, x, y);
+    sum = _mm512_dpbusd_epi32(sum, x, y);
+#if defined(__AVX512F__)  // not where it is emulated
+    asm("" : "+v"(sum));  // else GCC moves sums from register to register, which costs a third
+#endif
+    return sum;
 #else
     return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(x, y), _mm512_set1_epi16(1)));
 #endif

@@ -13,6 +13,9 @@
 
 #include "parallel.h"
 #include "quant_lines.h"
+#if FASTLLM_ISA_LEVEL >= 4
+#include "quant_dot_bf16.h"
+#endif
 
 namespace fastllm::cpu::FASTLLM_ISA {
 namespace {
@@ -25,7 +28,6 @@ constexpr int kPanelBlocks = FASTLLM_ISA_LEVEL >= 2 ? 2 : 1;
 constexpr int kDirectTokens = 4;
 constexpr int kDirectBlocks = FASTLLM_ISA_LEVEL >= 2 ? 4 : FASTLLM_ISA_LEVEL == 1 ? 2 : 1;
 constexpr int kMaxBlocks = kDirectBlocks > kPanelBlocks ? kDirectBlocks : kPanelBlocks;
-constexpr int kPrefetchBytes = 1024;
 constexpr int64_t kChain = 32;  // columns that are summed on one chain before the sum joins the total
 constexpr int64_t kMaxGroups = kFloatSegment / 32;
 
@@ -362,23 +364,57 @@ void multiply_blocks(const QuantMatmulArgs& a, const float* x, int64_t first, in
   for (; block < end; ++block) panel_blocks<kBits, 1>(a, x, first, tokens, block);
 }
 
+// A chunk is worth waking a thread for (64 KiB from memory are about 5 us), and a thread that falls behind can leave the
+// rest to the others.
 template <int kBits>
-void multiply(const QuantMatmulArgs& a) {
+FASTLLM_INLINE int64_t chunk_blocks(const QuantMatmulArgs& a, int64_t tokens) {
+  const int64_t block_work = padded_k(a.K) * kBits * 2 * tokens;
+  return round_up(1 + 65536 / block_work, kMaxBlocks);
+}
+
+// Tokens [first, first + tokens), of one pass over the weights.
+template <int kBits>
+void multiply_tokens(const QuantMatmulArgs& a, int64_t first, int64_t tokens) {
   const int64_t blocks = (a.N + kBlockRows - 1) / kBlockRows;
   float* x = reinterpret_cast<float*>(a.scratch);
+  parallel_for(tokens, 1 + 32768 / a.K, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) spread_token<kBits>(a, first + t, t, tokens, x);
+  });
+  parallel_for(blocks, chunk_blocks<kBits>(a, tokens), a.threads,
+               [&](int64_t begin, int64_t end) { multiply_blocks<kBits>(a, x, first, tokens, begin, end); });
+}
+
+#if FASTLLM_ISA_LEVEL >= 4
+template <int kBits>
+void multiply_tokens_bf16(const QuantMatmulArgs& a, int64_t first, int64_t tokens) {
+  const int64_t blocks = (a.N + kBlockRows - 1) / kBlockRows;
+  BfActivations of;
+  of.x = reinterpret_cast<bf16*>(a.scratch);
+  of.sums = reinterpret_cast<float*>(of.x + tokens * padded_k(a.K));
+  of.pieces = (a.K + kPiece - 1) / kPiece;
+  bool small[kMaxTokens];
+  parallel_for(tokens, 1 + 32768 / a.K, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) small[t] = store_token<kBits>(a, first + t, t, tokens, of);
+  });
+  parallel_for(blocks, chunk_blocks<kBits>(a, tokens), a.threads,
+               [&](int64_t begin, int64_t end) { multiply_bf16_blocks<kBits>(a, of, first, tokens, begin, end); });
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (!small[t]) multiply_tokens<kBits>(a, first + t, 1);
+  }
+}
+#endif
+
+template <int kBits>
+void multiply(const QuantMatmulArgs& a) {
   for (int64_t first = 0; first < a.M; first += kMaxTokens) {
     const int64_t tokens = a.M - first < kMaxTokens ? a.M - first : kMaxTokens;
-    parallel_for(tokens, 1 + 32768 / a.K, a.threads, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        spread_token<kBits>(a, first + t, t, tokens, x);
-      }
-    });
-    // A chunk is worth waking a thread for (64 KiB from memory are about 5 us), and a thread that falls behind can
-    // leave the rest to the others.
-    const int64_t block_work = padded_k(a.K) * kBits * 2 * tokens;
-    const int64_t grain = round_up(1 + 65536 / block_work, kMaxBlocks);
-    parallel_for(blocks, grain, a.threads,
-                 [&](int64_t begin, int64_t end) { multiply_blocks<kBits>(a, x, first, tokens, begin, end); });
+#if FASTLLM_ISA_LEVEL >= 4
+    if (a.dtype == DType::bf16) {
+      multiply_tokens_bf16<kBits>(a, first, tokens);
+      continue;
+    }
+#endif
+    multiply_tokens<kBits>(a, first, tokens);
   }
 }
 

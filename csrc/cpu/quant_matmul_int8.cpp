@@ -50,6 +50,9 @@ constexpr int kTile = FASTLLM_ISA_LEVEL == 0 ? 1 : FASTLLM_ISA_LEVEL == 1 ? 4 : 
 // Of packed 4-bit weights on AVX2 one less: their nibbles take registers too.
 template <int kBits>
 constexpr int kPackedTile = FASTLLM_ISA_LEVEL == 1 && kBits == 4 ? 3 : kTile;
+// With many tokens, AVX-512 has registers for two blocks of rows beside each other: a load of activations, of which there
+// are only two a cycle, then feeds two products.
+constexpr int kWideTile = FASTLLM_ISA_LEVEL >= 2 ? 6 : kTile, kWideBlocks = FASTLLM_ISA_LEVEL >= 2 ? 2 : 1;
 // From more tokens on, unpacking to memory once costs less than unpacking in registers for each tile.
 constexpr int kUnpackTokens = 12;
 
@@ -87,9 +90,12 @@ FASTLLM_INLINE Unit load_unpacked(const uint8_t* p, int v) {
   return {{load_int(p + v * 4 * kWidth), load_int(p + kLineBytes + v * 4 * kWidth)}};
 }
 
-// Keeps the compiler from adding products to each other before the sum, which takes registers that AVX2 does not have.
+// Keeps the compiler from adding products to each other before the sum, which takes registers that AVX2 does not have,
+// and from moving sums about (GCC).
 FASTLLM_INLINE vi in_place(vi sum) {
-#if FASTLLM_ISA_LEVEL == 1
+#if FASTLLM_ISA_LEVEL >= 2 && defined(__AVX512F__)  // not where it is emulated
+  asm("" : "+v"(sum.v));
+#elif FASTLLM_ISA_LEVEL == 1
   asm("" : "+x"(sum.v));
 #endif
   return sum;
@@ -100,11 +106,11 @@ FASTLLM_INLINE vi dot(vi sum, vi w, const int8_t* x) {
   int32_t four;
   std::memcpy(&four, x, sizeof four);
 #if FASTLLM_ISA_LEVEL >= 3
-  return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(four))};
+  return in_place({_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(four))});
 #elif FASTLLM_ISA_LEVEL == 2
   const __m512i xs = _mm512_set1_epi32(four);
-  if constexpr (kNarrowSums<kBits>) return {_mm512_add_epi16(sum.v, _mm512_maddubs_epi16(w.v, xs))};
-  return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(w.v, xs))};
+  if constexpr (kNarrowSums<kBits>) return in_place({_mm512_add_epi16(sum.v, _mm512_maddubs_epi16(w.v, xs))});
+  return in_place({_mm512_add_epi32(sum.v, _mm512_madd_epi16(w.v, xs))});
 #elif FASTLLM_ISA_LEVEL == 1
   const __m256i xs = _mm256_set1_epi32(four);
   if constexpr (kNarrowSums<kBits>) return in_place({_mm256_add_epi16(sum.v, _mm256_maddubs_epi16(w.v, xs))});
@@ -180,157 +186,200 @@ void quantize_token(const QuantMatmulArgs& a, int64_t token, int64_t group_size,
   }
 }
 
-// ---------------------------------------------------------------- one tile: 16 rows x kTokens tokens x a segment
+// ---------------------------------------------------------------- one tile: blocks of 16 rows x kTokens tokens x a segment
 
-// One segment of K, of one block of 16 rows.
-struct Segment {
-  const uint8_t* weights;        // units, packed; or unpacked, if the tile says so
-  const int8_t* x;               // the first token's; the others x_stride bytes apart
-  const ActivationGroup* group;  // the first token's first; the other tokens' group_stride apart
-  const float* scale;            // (groups, 16)
-  const float* offset;           // likewise, or null
-  int64_t x_stride, group_stride;
-  int64_t units, units_a_group;
-  float* sums;  // (tokens, 16), added to
+// What will be wanted after a segment's tiles; each of them asks for its share, for all at once would be more than the
+// processor can have under way.
+struct Ahead {
+  const uint8_t* weights;  // of the next segment, block_stride bytes apart
+  int64_t lines, block_stride;
+  const char* y;  // where the first token's sums will go, the others' y_stride bytes apart; or null
+  int64_t y_stride;
 };
 
-template <int kBits, int kTokens, bool kUnpacked>
-FASTLLM_INLINE void add_unit(const uint8_t*& weights, const int8_t*& x, int64_t x_stride,
-                             vi (&sums)[kTokens][kBlockVectors]) {
-  Unit w[kBlockVectors];
-#pragma GCC unroll 16
-  for (int v = 0; v < kBlockVectors; ++v) {
-    w[v] = kUnpacked ? load_unpacked(weights, v) : load_unit<kBits>(weights, v);
+template <int kTokens, int kBlocks>
+FASTLLM_INLINE void ask_ahead(Ahead& a, int64_t tiles_left) {
+  const int64_t share = (a.lines + tiles_left - 1) / tiles_left;
+  for (int64_t i = 0; i < share; ++i, a.weights += kLineBytes) {
+    for (int b = 0; b < kBlocks; ++b) __builtin_prefetch(a.weights + b * a.block_stride, 0, 2);
   }
-  if constexpr (!kUnpacked) __builtin_prefetch(weights + kPrefetchBytes);
+  a.lines -= share;
+  for (int t = 0; a.y && t < kTokens; ++t, a.y += a.y_stride) {
+    for (int b = 0; b < kBlocks; ++b) __builtin_prefetch(a.y + b * kLineBytes, 1);
+  }
+}
+
+// One segment of K, of one block of 16 rows or of blocks beside each other.
+struct Segment {
+  const uint8_t* weights;        // units, packed; or unpacked, if the tile says so; blocks stand block_stride apart
+  const int8_t* x;               // the first token's; the others x_stride bytes apart
+  const ActivationGroup* group;  // the first token's first; the other tokens' group_stride apart
+  const float* scale;            // (groups, blocks, 16)
+  const float* offset;           // likewise, or null
+  int64_t block_stride, x_stride, group_stride;
+  int64_t units, units_a_group;
+  float* sums;  // (tokens, blocks, 16): written by the first segment, added to by the others
+  bool first, last;
+  // Of the last segment, whose tiles write y: rows that stand a power of two apart push each other out of the caches
+  // where they wait for all tiles.
+  const QuantMatmulArgs* args;
+  int64_t token, block;
+  Ahead ahead;
+};
+
+// What a tile is compiled for.
+template <int kBitsOf, int kTokensOf, int kBlocksOf, bool kUnpackedOf>
+struct Tile {
+  static constexpr int kBits = kBitsOf, kTokens = kTokensOf, kBlocks = kBlocksOf;
+  static constexpr int kVectors = kBlocks * kBlockVectors;
+  static constexpr bool kUnpacked = kUnpackedOf;
+};
+
+template <typename T>
+FASTLLM_INLINE void add_unit(const uint8_t*& weights, const int8_t*& x, const Segment& s,
+                             vi (&sums)[T::kTokens][T::kVectors]) {
+  Unit w[T::kVectors];
+#pragma GCC unroll 16
+  for (int v = 0; v < T::kVectors; ++v) {
+    const uint8_t* at = weights + v / kBlockVectors * s.block_stride;
+    w[v] = T::kUnpacked ? load_unpacked(at, v % kBlockVectors) : load_unit<T::kBits>(at, v % kBlockVectors);
+  }
+  if constexpr (!T::kUnpacked && T::kBlocks == 1) __builtin_prefetch(weights + kPrefetchBytes);
   // Halves outside, so that half of the weights are in registers at a time; tokens next, for few activations.
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) {
+    for (int t = 0; t < T::kTokens; ++t) {
 #pragma GCC unroll 16
-      for (int v = 0; v < kBlockVectors; ++v) {
-        sums[t][v] = dot<kBits>(sums[t][v], w[v].half[half], x + t * x_stride + 4 * half);
+      for (int v = 0; v < T::kVectors; ++v) {
+        sums[t][v] = dot<T::kBits>(sums[t][v], w[v].half[half], x + t * s.x_stride + 4 * half);
       }
     }
   }
-  weights += kUnpacked ? kUnpackedBytes : kUnitBytes<kBits>;
+  weights += T::kUnpacked ? kUnpackedBytes : kUnitBytes<T::kBits>;
   x += 8;
 }
 
-template <int kBits, int kTokens, bool kUnpacked>
-FASTLLM_INLINE void add_units(const uint8_t*& weights, const int8_t*& x, int64_t x_stride, int64_t units,
-                              vi (&sums)[kTokens][kBlockVectors]) {
+template <typename T>
+FASTLLM_INLINE void add_units(const uint8_t*& weights, const int8_t*& x, const Segment& s, int64_t units,
+                              vi (&sums)[T::kTokens][T::kVectors]) {
 #pragma GCC unroll 1
-  for (int64_t u = 0; u < units; ++u) add_unit<kBits, kTokens, kUnpacked>(weights, x, x_stride, sums);
+  for (int64_t u = 0; u < units; ++u) add_unit<T>(weights, x, s, sums);
 }
 
 // The integer sums of one group, in 32 bits.
-template <int kBits, int kTokens, bool kUnpacked>
-FASTLLM_INLINE void add_group(const uint8_t*& weights, const int8_t*& x, int64_t x_stride, int64_t units,
-                              vi (&sums)[kTokens][kBlockVectors]) {
-  if constexpr (!kNarrowSums<kBits>) {
-    add_units<kBits, kTokens, kUnpacked>(weights, x, x_stride, units, sums);
+template <typename T>
+FASTLLM_INLINE void add_group(const uint8_t*& weights, const int8_t*& x, const Segment& s, int64_t units,
+                              vi (&sums)[T::kTokens][T::kVectors]) {
+  if constexpr (!kNarrowSums<T::kBits>) {
+    add_units<T>(weights, x, s, units, sums);
   } else {
     for (; units > 0; units -= kUnitsAStep) {
-      vi narrow[kTokens][kBlockVectors];
+      vi narrow[T::kTokens][T::kVectors];
 #pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) {
+      for (int t = 0; t < T::kTokens; ++t) {
 #pragma GCC unroll 16
-        for (int v = 0; v < kBlockVectors; ++v) narrow[t][v] = set1_int(0);
+        for (int v = 0; v < T::kVectors; ++v) narrow[t][v] = set1_int(0);
       }
-      add_units<kBits, kTokens, kUnpacked>(weights, x, x_stride, units < kUnitsAStep ? units : kUnitsAStep, narrow);
+      add_units<T>(weights, x, s, units < kUnitsAStep ? units : kUnitsAStep, narrow);
 #pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) {
+      for (int t = 0; t < T::kTokens; ++t) {
 #pragma GCC unroll 16
-        for (int v = 0; v < kBlockVectors; ++v) sums[t][v] = sums[t][v] + widen_pairs(narrow[t][v]);
+        for (int v = 0; v < T::kVectors; ++v) sums[t][v] = sums[t][v] + widen_pairs(narrow[t][v]);
       }
     }
   }
 }
 
 // kOneStep: a group is a step, of which sums of 16 bits are all there is.
-template <int kBits, int kTokens, bool kUnpacked, bool kOneStep, bool kOffset>
+template <typename T, bool kOneStep, bool kOffset>
 FASTLLM_INLINE void add_groups(const Segment& s) {
   const uint8_t* weights = s.weights;
   const int8_t* x = s.x;
   const ActivationGroup* group = s.group;
   const float *scale = s.scale, *offset = s.offset;
-  vf totals[kTokens][kBlockVectors];
+  vf totals[T::kTokens][T::kVectors];
 #pragma GCC unroll 16
-  for (int t = 0; t < kTokens; ++t) {
+  for (int t = 0; t < T::kTokens; ++t) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kBlockVectors; ++v) totals[t][v] = zero();
+    for (int v = 0; v < T::kVectors; ++v) totals[t][v] = zero();
   }
   for (int64_t left = s.units; left > 0; left -= s.units_a_group) {
-    vi sums[kTokens][kBlockVectors];
+    vi sums[T::kTokens][T::kVectors];
 #pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) {
+    for (int t = 0; t < T::kTokens; ++t) {
       const vi start = set1_int(group[t * s.group_stride].start);
 #pragma GCC unroll 16
-      for (int v = 0; v < kBlockVectors; ++v) sums[t][v] = start;
+      for (int v = 0; v < T::kVectors; ++v) sums[t][v] = start;
     }
     if constexpr (kOneStep) {
 #pragma GCC unroll 4
-      for (int u = 0; u < kUnitsAStep; ++u) add_unit<kBits, kTokens, kUnpacked>(weights, x, s.x_stride, sums);
+      for (int u = 0; u < kUnitsAStep; ++u) add_unit<T>(weights, x, s, sums);
 #pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) {
+      for (int t = 0; t < T::kTokens; ++t) {
 #pragma GCC unroll 16
-        for (int v = 0; v < kBlockVectors; ++v) sums[t][v] = widen_pairs(sums[t][v]);
+        for (int v = 0; v < T::kVectors; ++v) sums[t][v] = widen_pairs(sums[t][v]);
       }
     } else {
       const int64_t units = left < s.units_a_group ? left : s.units_a_group;
-      add_group<kBits, kTokens, kUnpacked>(weights, x, s.x_stride, units, sums);
+      add_group<T>(weights, x, s, units, sums);
     }
 #pragma GCC unroll 16
-    for (int v = 0; v < kBlockVectors; ++v) {
+    for (int v = 0; v < T::kVectors; ++v) {
       const vf ws = load(scale + v * kWidth);
       const vf wo = kOffset ? load(offset + v * kWidth) : ws;
 #pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) {
+      for (int t = 0; t < T::kTokens; ++t) {
         const ActivationGroup& of = group[t * s.group_stride];
         vf total = fmadd(to_float(sums[t][v]) * ws, set1(of.scale), totals[t][v]);
         if constexpr (kOffset) total = fmadd(wo, set1(of.sum), total);
         totals[t][v] = total;
       }
     }
-    if constexpr (kOffset) offset += kBlockRows;
-    scale += kBlockRows;
+    if constexpr (kOffset) offset += T::kBlocks * kBlockRows;
+    scale += T::kBlocks * kBlockRows;
     ++group;
   }
 #pragma GCC unroll 16
-  for (int t = 0; t < kTokens; ++t) {
+  for (int t = 0; t < T::kTokens; ++t) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kBlockVectors; ++v) {
-      float* to = s.sums + t * kBlockRows + v * kWidth;
-      store(to, load(to) + totals[t][v]);
+    for (int v = 0; v < T::kVectors; ++v) {
+      float* to = s.sums + (t * T::kVectors + v) * kWidth;
+      store(to, s.first ? totals[t][v] : load(to) + totals[t][v]);
     }
   }
 }
 
-template <int kBits, int kTokens, bool kUnpacked>
+template <typename T>
 void add_tile(const Segment& s) {
-  constexpr bool kNarrow = kNarrowSums<kBits>;
+  constexpr bool kNarrow = kNarrowSums<T::kBits>;
   const bool one_step = kNarrow && s.units_a_group == kUnitsAStep;
   if (s.offset) {
-    one_step ? add_groups<kBits, kTokens, kUnpacked, kNarrow, true>(s)
-             : add_groups<kBits, kTokens, kUnpacked, false, true>(s);
+    one_step ? add_groups<T, kNarrow, true>(s) : add_groups<T, false, true>(s);
   } else {
-    one_step ? add_groups<kBits, kTokens, kUnpacked, kNarrow, false>(s)
-             : add_groups<kBits, kTokens, kUnpacked, false, false>(s);
+    one_step ? add_groups<T, kNarrow, false>(s) : add_groups<T, false, false>(s);
   }
 }
 
-template <int kBits, int kTokens, bool kUnpacked>
+// The next smaller size of tile: 8 4 2 1, or 6 4 2 1, or 3 2 1.
+constexpr int smaller_tile(int tokens) { return tokens == 6 ? 4 : tokens == 3 ? 2 : tokens / 2; }
+
+template <int kBits, int kTokens, int kBlocks, bool kUnpacked>
 void add_tiles(Segment& s, int64_t tokens) {
-  while (tokens >= kTokens) {
-    add_tile<kBits, kTokens, kUnpacked>(s);
+  // 4 + 4 keep more sums under way than 6 + 2.
+  while (tokens >= kTokens && !(kTokens == 6 && tokens == 8)) {
+    if constexpr (kBlocks > 1) ask_ahead<kTokens, kBlocks>(s.ahead, (tokens + kTokens - 1) / kTokens);
+    add_tile<Tile<kBits, kTokens, kBlocks, kUnpacked>>(s);
+    for (int b = 0; s.last && b < kBlocks; ++b) {
+      store_rows(*s.args, s.token, kTokens, s.block + b, s.sums + b * kBlockRows, kBlocks * kBlockRows);
+    }
+    s.token += kTokens;
     s.x += kTokens * s.x_stride;
     s.group += kTokens * s.group_stride;
-    s.sums += kTokens * kBlockRows;
+    s.sums += kTokens * kBlocks * kBlockRows;
     tokens -= kTokens;
   }
-  if constexpr (kTokens > 1) add_tiles<kBits, kTokens == 3 ? 2 : kTokens / 2, kUnpacked>(s, tokens);
+  if constexpr (kTokens > 1) add_tiles<kBits, smaller_tile(kTokens), kBlocks, kUnpacked>(s, tokens);
 }
 
 // Nibbles -> bytes, once for all tiles of a block.
@@ -349,52 +398,89 @@ void unpack_units(const uint8_t* packed, int64_t units, uint8_t* unpacked) {
 
 // ---------------------------------------------------------------- all tokens of a pass x some blocks
 
-template <int kBits>
-void multiply_blocks(const QuantMatmulArgs& a, const int8_t* x, const ActivationGroup* groups, int64_t first_token,
-                     int64_t tokens, int64_t begin, int64_t end) {
+// Blocks [block, block + kBlocks).
+template <int kBits, int kBlocks>
+void multiply_some(const QuantMatmulArgs& a, const int8_t* x, const ActivationGroup* groups, int64_t first_token,
+                   int64_t tokens, int64_t block) {
   constexpr int kBytes = kWideActivations<kBits> ? 2 : 1;
-  alignas(64) float sums[kMaxTokens * kBlockRows];
-  alignas(64) float scale[kMaxGroups * kBlockRows], offset[kMaxGroups * kBlockRows];
-  alignas(64) uint8_t unpacked[kBits == 4 ? kInt8Segment / kUnitColumns<4> * kUnpackedBytes : 1];
+  constexpr int64_t kRows = kBlocks * kBlockRows, kUnpackedBlock = kInt8Segment / 8 * kUnpackedBytes;
+  alignas(64) float sums[kMaxTokens * kRows];
+  alignas(64) float scale[kMaxGroups * kRows], offset[kMaxGroups * kRows];
+  alignas(64) uint8_t unpacked[kBits == 4 ? kBlocks * kUnpackedBlock : 1];
   const int64_t act_group = activation_group(a.group_size), act_groups = (a.K + act_group - 1) / act_group;
   const int64_t weight_groups = a.K / a.group_size, block_bytes = padded_k(a.K) * kBlockRows * a.bits / 8;
-  const bool unpack = kBits == 4 && tokens > kUnpackTokens;
+  const bool many = tokens > kUnpackTokens;
   const bool has_offset = a.minimum != nullptr || a.zero != kCenter<kBits>;
-  for (int64_t block = begin; block < end; ++block) {
-    std::memset(sums, 0, static_cast<size_t>(tokens * kBlockRows) * sizeof(float));
-    for (int64_t k = 0; k < a.K; k += kInt8Segment) {
-      const int64_t count = a.K - k < kInt8Segment ? a.K - k : kInt8Segment;
-      const int64_t num_groups = (count + act_group - 1) / act_group;
-      for (int64_t g = 0; g < num_groups; ++g) {
+  for (int64_t k = 0; k < a.K; k += kInt8Segment) {
+    const int64_t count = a.K - k < kInt8Segment ? a.K - k : kInt8Segment;
+    const int64_t num_groups = (count + act_group - 1) / act_group;
+    for (int64_t g = 0; g < num_groups; ++g) {
+      for (int64_t b = 0; b < kBlocks; ++b) {
         // A group of activations lies within one group of weights.
-        const int64_t at = block * weight_groups + (k + g * act_group) / a.group_size;
-        widen_16(a.scale, a.scale_dtype, at, scale + g * kBlockRows);
-        if (!has_offset) continue;
-        widen_offset(a, at, kCenter<kBits>, scale + g * kBlockRows, offset + g * kBlockRows);
+        const int64_t of = (block + b) * weight_groups + (k + g * act_group) / a.group_size;
+        const int64_t at = (g * kBlocks + b) * kBlockRows;
+        widen_16(a.scale, a.scale_dtype, of, scale + at);
+        if (has_offset) widen_offset(a, of, kCenter<kBits>, scale + at, offset + at);
       }
-      Segment s;
-      s.weights = a.data + block * block_bytes + k * kBlockRows * a.bits / 8;
-      s.x_stride = kInt8Segment * kBytes;
-      s.x = x + k * tokens * kBytes;
-      s.group = groups + k / act_group;
-      s.group_stride = act_groups;
-      s.scale = scale;
-      s.offset = has_offset ? offset : nullptr;
-      s.units = padded_k(count) / kUnitColumns<kBits>;
-      s.units_a_group = act_group / kUnitColumns<kBits>;
-      s.sums = sums;
-      if constexpr (kBits == 4) {
-        if (unpack) {
-          unpack_units(s.weights, s.units, unpacked);
-          s.weights = unpacked;
-          add_tiles<kBits, kTile, true>(s, tokens);
-          continue;
-        }
-      }
-      add_tiles<kBits, kPackedTile<kBits>, false>(s, tokens);
     }
-    store_rows(a, first_token, tokens, block, sums, kBlockRows);
+    Segment s;
+    s.weights = a.data + block * block_bytes + k * kBlockRows * a.bits / 8;
+    s.block_stride = block_bytes;
+    s.x_stride = kInt8Segment * kBytes;
+    s.x = x + k * tokens * kBytes;
+    s.group = groups + k / act_group;
+    s.group_stride = act_groups;
+    s.scale = scale;
+    s.offset = has_offset ? offset : nullptr;
+    s.units = padded_k(count) / kUnitColumns<kBits>;
+    s.units_a_group = act_group / kUnitColumns<kBits>;
+    s.sums = sums;
+    s.first = k == 0;
+    s.last = k + kInt8Segment >= a.K;
+    s.args = &a;
+    s.token = first_token;
+    s.block = block;
+    s.ahead = {};
+    if constexpr (kBlocks > 1) {
+      const int64_t segment_bytes = kInt8Segment * kBlockRows * a.bits / 8;
+      // Behind the last segment stands the next block, which is one of those at work.
+      s.ahead.weights = s.weights + (s.last ? block_bytes * kBlocks - k * kBlockRows * a.bits / 8 : segment_bytes);
+      s.ahead.lines = (segment_bytes < block_bytes ? segment_bytes : block_bytes) / kLineBytes;
+      s.ahead.block_stride = block_bytes;
+      if (s.last) {
+        const int64_t size = a.dtype == DType::f32 ? 4 : 2;
+        s.ahead.y = static_cast<const char*>(a.y) + (first_token * a.N + block * kBlockRows) * size;
+        s.ahead.y_stride = a.N * size;
+      }
+    }
+    if constexpr (kBits == 4) {
+      if (many) {
+        for (int64_t b = 0; b < kBlocks; ++b) {
+          unpack_units(s.weights + b * block_bytes, s.units, unpacked + b * kUnpackedBlock);
+        }
+        s.weights = unpacked;
+        s.block_stride = kUnpackedBlock;
+        add_tiles<kBits, kBlocks == 1 ? kTile : kWideTile, kBlocks, true>(s, tokens);
+        continue;
+      }
+    }
+    if constexpr (kBlocks == 1) {
+      add_tiles<kBits, kPackedTile<kBits>, 1, false>(s, tokens);
+    } else if constexpr (kBits == 8) {
+      add_tiles<kBits, kWideTile, kBlocks, false>(s, tokens);
+    }
   }
+}
+
+template <int kBits>
+void multiply_blocks(const QuantMatmulArgs& a, const int8_t* x, const ActivationGroup* groups, int64_t first,
+                     int64_t tokens, int64_t block, int64_t end) {
+  if constexpr (kWideBlocks > 1) {
+    for (; tokens > kUnpackTokens && block + kWideBlocks <= end; block += kWideBlocks) {
+      multiply_some<kBits, kWideBlocks>(a, x, groups, first, tokens, block);
+    }
+  }
+  for (; block < end; ++block) multiply_some<kBits, 1>(a, x, groups, first, tokens, block);
 }
 
 template <int kBits>
@@ -415,8 +501,11 @@ void multiply(const QuantMatmulArgs& a) {
       }
     });
     const int64_t block_work = padded_k(a.K) * a.bits * 2 * (tokens < 8 ? 1 : tokens / 4);
-    parallel_for(blocks, 1 + 16384 / block_work, a.threads,
-                 [&](int64_t begin, int64_t end) { multiply_blocks<kBits>(a, x, groups, first, tokens, begin, end); });
+    // In steps of the widest tile, so that no chunk ends with half of one.
+    const int64_t step = tokens > kUnpackTokens ? kWideBlocks : 1, steps = (blocks + step - 1) / step;
+    parallel_for(steps, 1 + 16384 / (block_work * step), a.threads, [&](int64_t begin, int64_t end) {
+      multiply_blocks<kBits>(a, x, groups, first, tokens, begin * step, end * step < blocks ? end * step : blocks);
+    });
   }
 }
 

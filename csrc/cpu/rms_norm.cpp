@@ -55,13 +55,6 @@ FASTLLM_INLINE double sum_of_squares(const T* x, int64_t K) {
   return total + static_cast<double>(reduce_add(rest));
 }
 
-template <typename T>
-FASTLLM_INLINE vf norm_and_weigh(vf x, vf scale, vf weight, bool round_before_weight) {
-  vf normed = x * scale;  // its NaNs stem from T's, or from the processor
-  if (round_before_weight) normed = round_clean(T{}, normed);
-  return normed * weight;
-}
-
 // y[0 .. n) of a row that has been summed.
 template <typename T>
 FASTLLM_INLINE void norm_columns(const RmsNormArgs& a, const T* x, const T* weight, vf scale, T* y, int64_t n) {
@@ -74,13 +67,16 @@ FASTLLM_INLINE void norm_columns(const RmsNormArgs& a, const T* x, const T* weig
       w = {w.first + offset, w.second + offset};
     }
     const pair h = load_pair(x + k);
-    store_clean(y + k, pair{norm_and_weigh<T>(h.first, scale, w.first, a.round_before_weight),
-                            norm_and_weigh<T>(h.second, scale, w.second, a.round_before_weight)});
+    pair normed = {h.first * scale, h.second * scale};  // its NaNs stem from T's, or from the processor
+    if (a.round_before_weight) normed = round_clean(T{}, normed);
+    store_clean(y + k, pair{normed.first * w.first, normed.second * w.second});
   }
   for (; k < n; k += kWidth) {
     const int64_t left = n - k < kWidth ? n - k : kWidth;
     const vf w = weight ? load_n(weight + k, left) + offset : one;
-    store_n(y + k, norm_and_weigh<T>(load_n(x + k, left), scale, w, a.round_before_weight), left);
+    vf normed = load_n(x + k, left) * scale;
+    if (a.round_before_weight) normed = round_clean(T{}, normed);
+    store_n(y + k, normed * w, left);
   }
 }
 

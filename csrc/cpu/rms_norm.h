@@ -20,6 +20,6 @@ struct RmsNormArgs {
   int threads;
 };
 
-FASTLLM_KERNEL(rms_norm, RmsNormArgs, avx512)
+FASTLLM_KERNEL(rms_norm, RmsNormArgs, avx512_bf16)
 
 }  // namespace fastllm::cpu

@@ -25,6 +25,6 @@ struct RotaryArgs {
 
 constexpr int64_t kMaxInt8Row = 512;  // the largest D that goes to an int8 cache
 
-FASTLLM_KERNEL(rotary, RotaryArgs, avx512)
+FASTLLM_KERNEL(rotary, RotaryArgs, avx512_bf16)
 
 }  // namespace fastllm::cpu

@@ -168,6 +168,11 @@ FASTLLM_INLINE vf scale_by_power(vf a, vf n) {
 FASTLLM_INLINE vf low_bits_to_exponent(vf a) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
 }
+// 1 / a within 2^-22 for normal a of at least 1; 0 for infinity, which must not enter the Newton step.
+FASTLLM_INLINE vf reciprocal_coarse(vf a) {
+  const vf guess = {_mm256_rcp_ps(a.v)};
+  return fmadd(guess, fnmadd(min(set1(0x1p127f), a), guess, set1(1.0f)), guess);
+}
 // 2^n for integral n in [-127, 127], and 0 for -127.
 FASTLLM_INLINE vf power_of_two(vf n) {
   const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));

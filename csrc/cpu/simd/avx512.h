@@ -22,6 +22,10 @@ FASTLLM_INLINE vf widen(bf16, __m256i bits) {
 }
 FASTLLM_INLINE vf widen(f16, __m256i bits) { return {_mm512_cvtph_ps(bits)}; }
 
+#if FASTLLM_ISA_LEVEL >= 4
+// The processor's own conversion: to nearest even, NaNs stay NaNs, and numbers below 2^-126 become 0.
+FASTLLM_INLINE __m256i narrow(bf16, vf a) { return (__m256i)_mm512_cvtneps_pbh(a.v); }
+#else
 FASTLLM_INLINE __m256i narrow(bf16, vf a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -31,19 +35,15 @@ FASTLLM_INLINE __m256i narrow(bf16, vf a) {
   rounded = _mm512_mask_or_epi32(rounded, nan, _mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
   return _mm512_cvtepi32_epi16(rounded);
 }
+#endif
 FASTLLM_INLINE __m256i narrow(f16, vf a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
 
-// See simd.h. A NaN whose low half is zero stays one: the carry stops there.
+// A NaN whose low half is zero stays one: the carry stops there.
 FASTLLM_INLINE __m512i rounded_bits(vf a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
 }
-FASTLLM_INLINE vf round_clean(bf16, vf a) {
-  return {_mm512_castsi512_ps(_mm512_and_si512(rounded_bits(a), _mm512_set1_epi32(-65536)))};
-}
-FASTLLM_INLINE vf round_clean(f16, vf a) { return widen(f16{}, narrow(f16{}, a)); }
-FASTLLM_INLINE vf round_clean(float, vf a) { return a; }
 
 FASTLLM_INLINE vf load(const float* p) { return {_mm512_loadu_ps(p)}; }
 FASTLLM_INLINE vf load_n(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(lane_mask(n), p)}; }
@@ -62,17 +62,34 @@ template <typename Half>
 FASTLLM_INLINE void store(Half* p, vf a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(Half{}, a));
 }
-// Even columns, then odd ones: a shift or a mask widens them, a mask packs them.
-FASTLLM_INLINE pair load_pair(const bf16* p) {
-  const __m512i both = _mm512_loadu_si512(p);
+// Even columns, then odd ones: a shift or a mask widens them.
+FASTLLM_INLINE pair widen_pair(__m512i both) {
   const __m512i odd = _mm512_and_si512(both, _mm512_set1_epi32(-65536));
   return {{_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))}, {_mm512_castsi512_ps(odd)}};
 }
-FASTLLM_INLINE void store_clean(bf16* p, pair a) {
+FASTLLM_INLINE __m512i narrow_pair(pair a) {
+#if FASTLLM_ISA_LEVEL >= 4
+  alignas(64) static constexpr uint16_t kInTurn[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i evens_odds = (__m512i)_mm512_cvtne2ps_pbh(a.second.v, a.first.v);
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kInTurn), evens_odds);
+#else
   const __m512i even = _mm512_srli_epi32(rounded_bits(a.first), 16);
-  const __m512i odd = _mm512_and_si512(rounded_bits(a.second), _mm512_set1_epi32(-65536));
-  _mm512_storeu_si512(p, _mm512_or_si512(even, odd));
+  return _mm512_or_si512(even, _mm512_and_si512(rounded_bits(a.second), _mm512_set1_epi32(-65536)));
+#endif
 }
+FASTLLM_INLINE pair load_pair(const bf16* p) { return widen_pair(_mm512_loadu_si512(p)); }
+FASTLLM_INLINE void store_clean(bf16* p, pair a) { _mm512_storeu_si512(p, narrow_pair(a)); }
+#if FASTLLM_ISA_LEVEL >= 4
+FASTLLM_INLINE pair round_clean(bf16, pair a) { return widen_pair(narrow_pair(a)); }
+FASTLLM_INLINE vf round_clean(bf16, vf a) { return widen(bf16{}, narrow(bf16{}, a)); }
+#else
+FASTLLM_INLINE vf round_clean(bf16, vf a) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(rounded_bits(a), _mm512_set1_epi32(-65536)))};
+}
+#endif
+FASTLLM_INLINE vf round_clean(f16, vf a) { return widen(f16{}, narrow(f16{}, a)); }
+FASTLLM_INLINE vf round_clean(float, vf a) { return a; }
 template <typename Half>
 FASTLLM_INLINE void store_n(Half* p, vf a, int64_t n) {
   _mm256_mask_storeu_epi16(p, lane_mask(n), narrow(Half{}, a));
@@ -143,6 +160,11 @@ FASTLLM_INLINE vf scale_by_power(vf a, vf n) { return {_mm512_scalef_ps(a.v, n.v
 // The lowest nine bits of a, as the sign and exponent of a float without mantissa.
 FASTLLM_INLINE vf low_bits_to_exponent(vf a) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
+}
+// 1 / a within 2^-22 for normal a of at least 1; 0 for infinity, which must not enter the Newton step.
+FASTLLM_INLINE vf reciprocal_coarse(vf a) {
+  const vf guess = {_mm512_rcp14_ps(a.v)};
+  return fmadd(guess, fnmadd(min(set1(0x1p127f), a), guess, set1(1.0f)), guess);
 }
 // 2^n for integral n in [-127, 127], and 0 for -127.
 FASTLLM_INLINE vf power_of_two(vf n) {

@@ -47,6 +47,24 @@ FASTLLM_INLINE vf sigmoid(vf x) {
   return half / fmadd(p, low_bits_to_exponent(t), half);
 }
 
+// The same within 2^-18 of it, for what is rounded to 16 bits afterwards; 0 below -89.
+//
+// e^-x = 2^(n + r) with n + r = -x log2(e) in one rounding, and a degree-4 polynomial in r (least relative error on
+// |r| <= 1/2). 2^n comes from the low bits as in sigmoid(), infinite at n = 128.
+FASTLLM_INLINE vf sigmoid_coarse(vf x) {
+  // The constant stands first: min and max return their second operand where one is NaN.
+  x = max(set1(-88.9f), min(set1(88.0f), x));
+  const vf log2e = set1(1.44269504088896341f), shifter = set1(12582912.0f + 127.0f);
+  const vf t = fnmadd(x, log2e, shifter);
+  const vf r = fnmadd(x, log2e, shifter - t);
+  vf p = set1(9.57010221e-3f);
+  p = fmadd(p, r, set1(5.59178591e-2f));
+  p = fmadd(p, r, set1(2.40247443e-1f));
+  p = fmadd(p, r, set1(6.93121791e-1f));
+  p = fmadd(p, r, set1(9.99999285e-1f));
+  return reciprocal_coarse(fmadd(p, low_bits_to_exponent(t), set1(1.0f)));
+}
+
 // 2^x for x <= 127, within about 2 ulp; 0 where x < -126.5, so that 2^-inf is exactly 0. NaN stays NaN.
 // x = n + r with |r| <= 1/2, a degree-6 polynomial in r (Cephes' exp2f).
 FASTLLM_INLINE vf exp2(vf x) {

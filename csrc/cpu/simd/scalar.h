@@ -138,6 +138,7 @@ FASTLLM_INLINE vf scale_by_power(vf a, vf n) {
 }
 // The lowest nine bits of a, as the sign and exponent of a float without mantissa.
 FASTLLM_INLINE vf low_bits_to_exponent(vf a) { return {float_from_bits(bits_from_float(a.v) << 23)}; }
+FASTLLM_INLINE vf reciprocal_coarse(vf a) { return {1.0f / a.v}; }
 // 2^n for integral n in [-127, 127], and 0 for -127.
 FASTLLM_INLINE vf power_of_two(vf n) {
   if (n.v != n.v) return n;

@@ -12,7 +12,7 @@
 // A pair is 2 kWidth neighbours in two vectors, in the order that suits their dtype: load_pair and store_clean agree on
 // it, so it is for what treats all columns alike.
 //
-// round_clean(T{}, a) is a rounded to T and kept as floats, store_clean(p, pair) stores a pair: cheaper than narrowing
+// round_clean(T{}, a) is a vector or pair rounded to T and kept as floats, store_clean(p, pair) stores a pair: cheaper than narrowing
 // and widening, and than store, for values whose NaNs have zeros in their low halves, as those made of bf16 or f16 have
 // and the processor's own.
 //
@@ -56,6 +56,10 @@ template <typename T>
 FASTLLM_INLINE void store_clean(T* p, pair a) {
   store(p, a.first);
   store(p + kWidth, a.second);
+}
+template <typename T>
+FASTLLM_INLINE pair round_clean(T, pair a) {
+  return {round_clean(T{}, a.first), round_clean(T{}, a.second)};
 }
 
 }  // namespace
