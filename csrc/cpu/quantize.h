@@ -53,10 +53,54 @@ FASTLLM_INLINE Int8Group quantize_group(const T* x, int64_t n, int8_t* q) {
   return {amax / 127.0f, reduce_add(sum)};
 }
 
+// Four groups of n numbers, one after the other, n a multiple of 2 kWidth: the reductions and divisions of all four
+// together. False, and nothing done, where one of them is zero or not finite.
+template <typename T>
+FASTLLM_INLINE bool quantize_four(const T* x, int64_t n, int8_t* q, float* groups) {
+  vf largest[4];
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) {
+    vf even = zero(), odd = zero();
+    for (int64_t i = 0; i < n; i += 2 * kWidth) {
+      even = max_magnitude(load(x + g * n + i), even);
+      odd = max_magnitude(load(x + g * n + i + kWidth), odd);
+    }
+    largest[g] = max_magnitude(even, odd);
+  }
+  float amax[4], inverse[4], sums[4];
+  reduce_max_magnitude4(largest[0], largest[1], largest[2], largest[3], amax);
+  bool usual = true;
+  for (int g = 0; g < 4; ++g) usual &= amax[g] >= 0x1p-100f && amax[g] - amax[g] == 0.0f;
+  if (!usual) return false;
+  for (int g = 0; g < 4; ++g) inverse[g] = 127.0f / amax[g];
+  vf sum[4];
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) {
+    const vf scale = set1(inverse[g]);
+    sum[g] = zero();
+    for (int64_t i = 0; i < n; i += 2 * kWidth) {
+      const vf even = round_nearest(load(x + g * n + i) * scale), odd = round_nearest(load(x + g * n + i + kWidth) * scale);
+      store(q + g * n + i, even);
+      store(q + g * n + i + kWidth, odd);
+      sum[g] = sum[g] + (even + odd);
+    }
+  }
+  reduce_add4(sum[0], sum[1], sum[2], sum[3], sums);
+  for (int g = 0; g < 4; ++g) {
+    groups[2 * g] = amax[g] / 127.0f;
+    groups[2 * g + 1] = sums[g];
+  }
+  return true;
+}
+
 // The groups of x[0 .. n) one after the other; the last may be short. groups: (scale, sum) of each.
 template <typename T>
 FASTLLM_INLINE void quantize_groups(const T* x, int64_t n, int64_t group_size, int8_t* q, float* groups) {
-  for (int64_t i = 0; i < n; i += group_size) {
+  int64_t i = 0;
+  if (kWidth > 1 && group_size % (2 * kWidth) == 0) {
+    for (; i + 4 * group_size <= n && quantize_four(x + i, group_size, q + i, groups); i += 4 * group_size) groups += 8;
+  }
+  for (; i < n; i += group_size) {
     const Int8Group group = quantize_group(x + i, n - i < group_size ? n - i : group_size, q + i);
     *groups++ = group.scale;
     *groups++ = group.sum;

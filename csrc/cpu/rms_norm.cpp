@@ -80,21 +80,39 @@ FASTLLM_INLINE void norm_columns(const RmsNormArgs& a, const T* x, const T* weig
   }
 }
 
+// A row, ready for norm_columns.
+template <typename T>
+struct Summed {
+  const T* x;
+  vf scale;
+};
+
+template <typename T>
+FASTLLM_INLINE Summed<T> sum_row(const RmsNormArgs& a, int64_t row) {
+  const T* x = static_cast<const T*>(a.x) + row_offset(a.x_rows, row);
+  if (a.residual) {
+    T* sum = static_cast<T*>(a.sum) + row * a.K;
+    add_row(x, static_cast<const T*>(a.residual) + row_offset(a.residual_rows, row), sum, a.K);
+    x = sum;
+  }
+  const double mean = sum_of_squares(x, a.K) / static_cast<double>(a.K);
+  return {x, set1(static_cast<float>(1.0 / __builtin_sqrt(mean + static_cast<double>(a.eps))))};
+}
+
 template <typename T>
 void rms_norm_rows(const RmsNormArgs& a, int64_t begin, int64_t end) {
   const T* weight = static_cast<const T*>(a.weight);
   const int64_t K = a.K;
+  // The end of a sum, its root and quotient are a long chain; in 16 bits the row before covers it. In fp32 two rows at a
+  // time crowd L1.
+  constexpr bool kAhead = sizeof(T) == 2;
+  Summed<T> next = sum_row<T>(a, begin);
   for (int64_t row = begin; row < end; ++row) {
-    const T* x = static_cast<const T*>(a.x) + row_offset(a.x_rows, row);
-    if (a.residual) {
-      T* sum = static_cast<T*>(a.sum) + row * K;
-      add_row(x, static_cast<const T*>(a.residual) + row_offset(a.residual_rows, row), sum, K);
-      x = sum;
-    }
-    const double mean = sum_of_squares(x, K) / static_cast<double>(K);
-    const vf scale = set1(static_cast<float>(1.0 / __builtin_sqrt(mean + static_cast<double>(a.eps))));
+    if (!kAhead && row > begin) next = sum_row<T>(a, row);
+    const Summed<T> of = next;
+    if (kAhead && row + 1 < end) next = sum_row<T>(a, row + 1);
     if (!a.groups) {
-      norm_columns(a, x, weight, scale, static_cast<T*>(a.y) + row * K, K);
+      norm_columns(a, of.x, weight, of.scale, static_cast<T*>(a.y) + row * K, K);
       continue;
     }
     constexpr int64_t kPiece = 1024;  // whole groups
@@ -102,7 +120,7 @@ void rms_norm_rows(const RmsNormArgs& a, int64_t begin, int64_t end) {
     float* groups = a.groups + row * 2 * ((K + a.group_size - 1) / a.group_size);
     for (int64_t k = 0; k < K; k += kPiece) {
       const int64_t n = K - k < kPiece ? K - k : kPiece;
-      norm_columns(a, x + k, weight ? weight + k : nullptr, scale, y, n);
+      norm_columns(a, of.x + k, weight ? weight + k : nullptr, of.scale, y, n);
       quantize_groups(y, n, a.group_size, static_cast<int8_t*>(a.y) + row * K + k, groups + 2 * (k / a.group_size));
     }
   }

@@ -140,6 +140,19 @@ FASTLLM_INLINE float reduce_max_magnitude(vf a) {
   return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1))));
 }
 
+// The largest 32-bit integer of each, one after the other.
+FASTLLM_INLINE void store_max4(__m256i a, __m256i b, __m256i c, __m256i d, float* largest) {
+  const __m256i ab = _mm256_max_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+  const __m256i cd = _mm256_max_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+  const __m256i abcd = _mm256_max_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+  const __m128i of_each = _mm_max_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(largest), of_each);
+}
+FASTLLM_INLINE void reduce_max_magnitude4(vf a, vf b, vf c, vf d, float* largest) {
+  store_max4(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v), _mm256_castps_si256(c.v), _mm256_castps_si256(d.v),
+             largest);
+}
+
 FASTLLM_INLINE float reduce_add(vf a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -168,8 +181,9 @@ FASTLLM_INLINE vf scale_by_power(vf a, vf n) {
 FASTLLM_INLINE vf low_bits_to_exponent(vf a) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
 }
-// 1 / a within 2^-22 for normal a of at least 1; 0 for infinity, which must not enter the Newton step.
-FASTLLM_INLINE vf reciprocal_coarse(vf a) {
+// 1 / a for a of at least 1 within 2^-22; 0 for infinity, which must not enter the Newton step.
+template <typename T>
+FASTLLM_INLINE vf reciprocal_coarse(T, vf a) {
   const vf guess = {_mm256_rcp_ps(a.v)};
   return fmadd(guess, fnmadd(min(set1(0x1p127f), a), guess, set1(1.0f)), guess);
 }

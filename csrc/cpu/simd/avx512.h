@@ -140,6 +140,22 @@ FASTLLM_INLINE float reduce_max_magnitude(vf a) {
   return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));
 }
 
+// The largest 32-bit integer of each, one after the other.
+FASTLLM_INLINE void store_max4(__m256i a, __m256i b, __m256i c, __m256i d, float* largest) {
+  const __m256i ab = _mm256_max_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+  const __m256i cd = _mm256_max_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+  const __m256i abcd = _mm256_max_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+  const __m128i of_each = _mm_max_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(largest), of_each);
+}
+FASTLLM_INLINE __m256i halves_max(vf a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  return _mm256_max_epi32(_mm512_castsi512_si256(bits), _mm512_extracti32x8_epi32(bits, 1));
+}
+FASTLLM_INLINE void reduce_max_magnitude4(vf a, vf b, vf c, vf d, float* largest) {
+  store_max4(halves_max(a), halves_max(b), halves_max(c), halves_max(d), largest);
+}
+
 FASTLLM_INLINE float reduce_add(vf a) { return _mm512_reduce_add_ps(a.v); }
 // The four sums, one after the other.
 FASTLLM_INLINE void reduce_add4(vf a, vf b, vf c, vf d, float* sums) {
@@ -161,8 +177,14 @@ FASTLLM_INLINE vf scale_by_power(vf a, vf n) { return {_mm512_scalef_ps(a.v, n.v
 FASTLLM_INLINE vf low_bits_to_exponent(vf a) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
 }
-// 1 / a within 2^-22 for normal a of at least 1; 0 for infinity, which must not enter the Newton step.
-FASTLLM_INLINE vf reciprocal_coarse(vf a) {
+// a - round_nearest(a), and 0 for infinities.
+FASTLLM_INLINE vf rest_of_nearest(vf a) {
+  return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// 1 / a for a of at least 1, within 2^-14 for bf16 and 2^-22 for f16; 0 for infinity, which must not enter the Newton
+// step.
+FASTLLM_INLINE vf reciprocal_coarse(bf16, vf a) { return {_mm512_rcp14_ps(a.v)}; }
+FASTLLM_INLINE vf reciprocal_coarse(f16, vf a) {
   const vf guess = {_mm512_rcp14_ps(a.v)};
   return fmadd(guess, fnmadd(min(set1(0x1p127f), a), guess, set1(1.0f)), guess);
 }

@@ -47,22 +47,30 @@ FASTLLM_INLINE vf sigmoid(vf x) {
   return half / fmadd(p, low_bits_to_exponent(t), half);
 }
 
-// The same within 2^-18 of it, for what is rounded to 16 bits afterwards; 0 below -89.
-//
-// e^-x = 2^(n + r) with n + r = -x log2(e) in one rounding, and a degree-4 polynomial in r (least relative error on
-// |r| <= 1/2). 2^n comes from the low bits as in sigmoid(), infinite at n = 128.
-FASTLLM_INLINE vf sigmoid_coarse(vf x) {
-  // The constant stands first: min and max return their second operand where one is NaN.
-  x = max(set1(-88.9f), min(set1(88.0f), x));
-  const vf log2e = set1(1.44269504088896341f), shifter = set1(12582912.0f + 127.0f);
-  const vf t = fnmadd(x, log2e, shifter);
-  const vf r = fnmadd(x, log2e, shifter - t);
+// 2^r for |r| <= 1/2 within 2^-18: a polynomial of degree 4 of least relative error.
+FASTLLM_INLINE vf exp2_coarse_of_rest(vf r) {
   vf p = set1(9.57010221e-3f);
   p = fmadd(p, r, set1(5.59178591e-2f));
   p = fmadd(p, r, set1(2.40247443e-1f));
   p = fmadd(p, r, set1(6.93121791e-1f));
-  p = fmadd(p, r, set1(9.99999285e-1f));
-  return reciprocal_coarse(fmadd(p, low_bits_to_exponent(t), set1(1.0f)));
+  return fmadd(p, r, set1(9.99999285e-1f));
+}
+
+// 1 / (1 + e^-x) for what is rounded to T afterwards, bf16 or f16: off by a small part of that rounding; 0 below -89.
+template <typename T>
+FASTLLM_INLINE vf sigmoid_coarse(T, vf x) {
+  const vf z = x * set1(-1.44269504088896341f);
+#if FASTLLM_ISA_LEVEL >= 2
+  const vf r = rest_of_nearest(z);  // 0 for infinities
+  const vf power = scale_by_power(exp2_coarse_of_rest(r), z - r);
+#else
+  // As in sigmoid(): 2^n comes from the low bits, 0 at n = -127 and infinite at n = 128. The constant stands first: min
+  // and max return their second operand where one is NaN.
+  const vf inside = max(set1(-127.0f), min(set1(128.0f), z)), shifter = set1(12582912.0f + 127.0f);
+  const vf t = inside + shifter;
+  const vf power = exp2_coarse_of_rest(inside - (t - shifter)) * low_bits_to_exponent(t);
+#endif
+  return reciprocal_coarse(T{}, power + set1(1.0f));
 }
 
 // 2^x for x <= 127, within about 2 ulp; 0 where x < -126.5, so that 2^-inf is exactly 0. NaN stays NaN.

@@ -115,6 +115,12 @@ FASTLLM_INLINE vf max_magnitude(vf a, vf b) {
   return bits > bits_from_float(b.v) ? vf{float_from_bits(bits)} : b;
 }
 FASTLLM_INLINE float reduce_max_magnitude(vf a) { return a.v; }
+FASTLLM_INLINE void reduce_max_magnitude4(vf a, vf b, vf c, vf d, float* largest) {
+  largest[0] = a.v;
+  largest[1] = b.v;
+  largest[2] = c.v;
+  largest[3] = d.v;
+}
 FASTLLM_INLINE float reduce_add(vf a) { return a.v; }
 // The four sums, one after the other.
 FASTLLM_INLINE void reduce_add4(vf a, vf b, vf c, vf d, float* sums) {
@@ -138,7 +144,10 @@ FASTLLM_INLINE vf scale_by_power(vf a, vf n) {
 }
 // The lowest nine bits of a, as the sign and exponent of a float without mantissa.
 FASTLLM_INLINE vf low_bits_to_exponent(vf a) { return {float_from_bits(bits_from_float(a.v) << 23)}; }
-FASTLLM_INLINE vf reciprocal_coarse(vf a) { return {1.0f / a.v}; }
+template <typename T>
+FASTLLM_INLINE vf reciprocal_coarse(T, vf a) {
+  return {1.0f / a.v};
+}
 // 2^n for integral n in [-127, 127], and 0 for -127.
 FASTLLM_INLINE vf power_of_two(vf n) {
   if (n.v != n.v) return n;
