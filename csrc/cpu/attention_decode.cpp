@@ -39,7 +39,9 @@ constexpr int64_t kScoreRun = kWidth == 1 ? 8 : 16;
 // by themselves and then added up: the error of a single chain grows with its length.
 template <int Rows, int Keys, typename T>
 FASTLLM_INLINE void score_tile(const float* q, int64_t wide, const T* k, int64_t k_stride, int64_t D, float* p) {
-  constexpr int kSums = (Rows * Keys + 3) / 4 * 4;
+  // As many as are reduced together.
+  constexpr int kSums = Rows * Keys > 8 && Rows * Keys < 16 && kWidth >= 16 ? 16 : (Rows * Keys + 3) / 4 * 4;
+  constexpr int kBySixteen = kSums / 16 * 16;
   for (int64_t d = 0; d < D;) {
     vf acc[kSums];
 #pragma GCC unroll 32
@@ -63,8 +65,10 @@ FASTLLM_INLINE void score_tile(const float* q, int64_t wide, const T* k, int64_t
       d = D;
     }
     float sums[kSums];
+#pragma GCC unroll 2
+    for (int i = 0; i < kBySixteen; i += 16) reduce_add16(acc + i, sums + i);
 #pragma GCC unroll 8
-    for (int i = 0; i < kSums; i += 4) reduce_add4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3], sums + i);
+    for (int i = kBySixteen; i < kSums; i += 4) reduce_add4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3], sums + i);
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4

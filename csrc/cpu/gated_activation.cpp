@@ -1,8 +1,8 @@
 // y = act(gate) * up, with silu(g) = g sigmoid(g) and gelu_tanh(g) = g sigmoid(2 sqrt(2/pi) (g + 0.044715 g^3)).
 //
-// Bytes an element: two read, one written. Flops: about 25 (an exponential, a division); about 15 in 16 bits, where both
-// need fewer bits. In fp32 memory limits it; in 16 bits arithmetic does, so several vectors are in flight at once to
-// hide the latency of the polynomial.
+// Bytes an element: two read, one written. Flops: about 25 (an exponential, a division); about 15 in 16 bits, where
+// both need fewer bits. In fp32 memory limits it; in 16 bits arithmetic does, so several vectors are in flight at once
+// to hide the latency of the polynomial.
 //
 // y may be rounded to int8 on the way (quantize.h): some columns of it at a time stand in L1, rounded to dtype first.
 #include "gated_activation.h"

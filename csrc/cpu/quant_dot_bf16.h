@@ -20,9 +20,9 @@
 namespace fastllm::cpu::FASTLLM_ISA {
 namespace {
 
-constexpr int64_t kPiece = 32;                         // columns; lies within one group of weights
-constexpr int64_t kPieces = kFloatSegment / kPiece;    // in a segment
-constexpr int64_t kPairs = kFloatSegment / 2;          // of columns, in a segment
+constexpr int64_t kPiece = 32;                       // columns; lies within one group of weights
+constexpr int64_t kPieces = kFloatSegment / kPiece;  // in a segment
+constexpr int64_t kPairs = kFloatSegment / 2;        // of columns, in a segment
 constexpr float kHugeActivation = 0x1p64f;
 template <int kBits>
 constexpr int kDotCenter = 1 << (kBits - 1);
@@ -52,10 +52,10 @@ FASTLLM_INLINE void widen_line(const uint8_t* line, __m512i (&pairs)[16 / kBits]
     const __m512 d = _mm512_cvtepi32_ps(_mm512_srai_epi32(centred, 24));
     // The upper halves are all there is.
     const __m512i upper = _mm512_set1_epi32(-65536);
-    pairs[0] = _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(a), 16),
-                               _mm512_and_si512(_mm512_castps_si512(b), upper));
-    pairs[1] = _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(c), 16),
-                               _mm512_and_si512(_mm512_castps_si512(d), upper));
+    pairs[0] =
+        _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(a), 16), _mm512_and_si512(_mm512_castps_si512(b), upper));
+    pairs[1] =
+        _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(c), 16), _mm512_and_si512(_mm512_castps_si512(d), upper));
   }
 }
 

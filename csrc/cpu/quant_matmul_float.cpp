@@ -364,8 +364,8 @@ void multiply_blocks(const QuantMatmulArgs& a, const float* x, int64_t first, in
   for (; block < end; ++block) panel_blocks<kBits, 1>(a, x, first, tokens, block);
 }
 
-// A chunk is worth waking a thread for (64 KiB from memory are about 5 us), and a thread that falls behind can leave the
-// rest to the others.
+// A chunk is worth waking a thread for (64 KiB from memory are about 5 us), and a thread that falls behind can leave
+// the rest to the others.
 template <int kBits>
 FASTLLM_INLINE int64_t chunk_blocks(const QuantMatmulArgs& a, int64_t tokens) {
   const int64_t block_work = padded_k(a.K) * kBits * 2 * tokens;

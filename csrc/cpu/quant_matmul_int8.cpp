@@ -50,8 +50,8 @@ constexpr int kTile = FASTLLM_ISA_LEVEL == 0 ? 1 : FASTLLM_ISA_LEVEL == 1 ? 4 : 
 // Of packed 4-bit weights on AVX2 one less: their nibbles take registers too.
 template <int kBits>
 constexpr int kPackedTile = FASTLLM_ISA_LEVEL == 1 && kBits == 4 ? 3 : kTile;
-// With many tokens, AVX-512 has registers for two blocks of rows beside each other: a load of activations, of which there
-// are only two a cycle, then feeds two products.
+// With many tokens, AVX-512 has registers for two blocks of rows beside each other: a load of activations, of which
+// there are only two a cycle, then feeds two products.
 constexpr int kWideTile = FASTLLM_ISA_LEVEL >= 2 ? 6 : kTile, kWideBlocks = FASTLLM_ISA_LEVEL >= 2 ? 2 : 1;
 // From more tokens on, unpacking to memory once costs less than unpacking in registers for each tile.
 constexpr int kUnpackTokens = 12;
@@ -186,7 +186,8 @@ void quantize_token(const QuantMatmulArgs& a, int64_t token, int64_t group_size,
   }
 }
 
-// ---------------------------------------------------------------- one tile: blocks of 16 rows x kTokens tokens x a segment
+// ---------------------------------------------------------------- one tile: blocks of 16 rows x kTokens tokens x a
+// segment
 
 // What will be wanted after a segment's tiles; each of them asks for its share, for all at once would be more than the
 // processor can have under way.

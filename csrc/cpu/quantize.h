@@ -79,7 +79,8 @@ FASTLLM_INLINE bool quantize_four(const T* x, int64_t n, int8_t* q, float* group
     const vf scale = set1(inverse[g]);
     sum[g] = zero();
     for (int64_t i = 0; i < n; i += 2 * kWidth) {
-      const vf even = round_nearest(load(x + g * n + i) * scale), odd = round_nearest(load(x + g * n + i + kWidth) * scale);
+      const vf even = round_nearest(load(x + g * n + i) * scale),
+               odd = round_nearest(load(x + g * n + i + kWidth) * scale);
       store(q + g * n + i, even);
       store(q + g * n + i + kWidth, odd);
       sum[g] = sum[g] + (even + odd);

@@ -103,8 +103,8 @@ template <typename T>
 void rms_norm_rows(const RmsNormArgs& a, int64_t begin, int64_t end) {
   const T* weight = static_cast<const T*>(a.weight);
   const int64_t K = a.K;
-  // The end of a sum, its root and quotient are a long chain; in 16 bits the row before covers it. In fp32 two rows at a
-  // time crowd L1.
+  // The end of a sum, its root and quotient are a long chain; in 16 bits the row before covers it. In fp32 two rows at
+  // a time crowd L1.
   constexpr bool kAhead = sizeof(T) == 2;
   Summed<T> next = sum_row<T>(a, begin);
   for (int64_t row = begin; row < end; ++row) {

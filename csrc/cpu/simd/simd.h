@@ -3,18 +3,19 @@
 // Kernels are written once over these names and compiled once a rung:
 //   load / store (float, bf16, f16 or int8_t in memory, float in registers), load_n / store_n (the first n lanes; the
 //   rest reads as 0), set1, zero, + - * /, fmadd(a, b, c) = a * b + c, fnmadd(a, b, c) = c - a * b, max, min,
-//   reduce_add, reduce_add4 (four vectors at once), reduce_max, max_magnitude(a, b) = max(|a|, b) for b from it or 0,
-//   with infinities and NaN on top, reduce_max_magnitude, reduce_max_magnitude4, store4 (four vectors, to int8_t),
-//   low_bits_to_exponent, power_of_two, reciprocal_coarse, exp, exp2, sigmoid, tanh; fmaddsub and swap_pairs where there are pairs of lanes (not scalar).
+//   reduce_add, reduce_add4 and reduce_add16 (so many vectors at once), reduce_max, max_magnitude(a, b) = max(|a|, b)
+//   for b from it or 0, with infinities and NaN on top, reduce_max_magnitude, reduce_max_magnitude4, store4 (four
+//   vectors, to int8_t), low_bits_to_exponent, power_of_two, reciprocal_coarse, exp, exp2, sigmoid, tanh; fmaddsub and
+//   swap_pairs where there are pairs of lanes (not scalar), rest_of_nearest on AVX-512.
 // Stores round to nearest even; what goes to int8_t must be finite and is at most 127. max(a, b) and min(a, b) return b
 // where either is NaN, as the x86 instructions do.
 //
 // A pair is 2 kWidth neighbours in two vectors, in the order that suits their dtype: load_pair and store_clean agree on
 // it, so it is for what treats all columns alike.
 //
-// round_clean(T{}, a) is a vector or pair rounded to T and kept as floats, store_clean(p, pair) stores a pair: cheaper than narrowing
-// and widening, and than store, for values whose NaNs have zeros in their low halves, as those made of bf16 or f16 have
-// and the processor's own.
+// round_clean(T{}, a) is a vector or pair rounded to T and kept as floats, store_clean(p, pair) stores a pair: cheaper
+// than narrowing and widening, and than store, for values whose NaNs have zeros in their low halves, as those made of
+// bf16 or f16 have and the processor's own.
 //
 // Include it inside nothing; it opens fastllm::cpu::<rung> and an unnamed namespace itself, so that every function has
 // internal linkage. Kernel files must not call inline functions or templates of the standard library: those have
