@@ -157,36 +157,33 @@ FASTLLM_INLINE void reduce_max_magnitude4(vf a, vf b, vf c, vf d, float* largest
 }
 
 FASTLLM_INLINE float reduce_add(vf a) { return _mm512_reduce_add_ps(a.v); }
-// The four sums, one after the other. All of these add halves, then quarters, then lanes two apart, then neighbours, so
-// that a sum's bits do not depend on how many are made together.
-FASTLLM_INLINE __m128 quarters_sum(vf a) {
-  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
-}
+// The four sums, one after the other. This and the next one add halves, then neighbours, then pairs, then quarters: a
+// sum's bits do not depend on how many are made together.
 FASTLLM_INLINE void reduce_add4(vf a, vf b, vf c, vf d, float* sums) {
-  const __m128 a4 = quarters_sum(a), b4 = quarters_sum(b), c4 = quarters_sum(c), d4 = quarters_sum(d);
-  const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a4, b4), _mm_unpackhi_ps(a4, b4));
-  const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(c4, d4), _mm_unpackhi_ps(c4, d4));
-  _mm_storeu_ps(sums, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
+  const __m256 a8 = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m256 b8 = _mm256_add_ps(_mm512_castps512_ps256(b.v), _mm512_extractf32x8_ps(b.v, 1));
+  const __m256 c8 = _mm256_add_ps(_mm512_castps512_ps256(c.v), _mm512_extractf32x8_ps(c.v, 1));
+  const __m256 d8 = _mm256_add_ps(_mm512_castps512_ps256(d.v), _mm512_extractf32x8_ps(d.v, 1));
+  const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a8, b8), _mm256_hadd_ps(c8, d8));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+// Neighbours within quarters: a's two sums, then b's.
+FASTLLM_INLINE __m512 neighbours_sum(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
 }
 // Sixteen sums for half of the shuffles of four times four.
 FASTLLM_INLINE void reduce_add16(const vf* a, float* sums) {
-  __m512 halves[8], quarters[4];
+  __m512 halves[8], neighbours[4];
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < 8; ++i) {  // of vectors i, i, i + 8, i + 8
     halves[i] =
         _mm512_add_ps(_mm512_shuffle_f32x4(a[i].v, a[i + 8].v, 0x44), _mm512_shuffle_f32x4(a[i].v, a[i + 8].v, 0xee));
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {  // of vectors i, i + 8, i + 4, i + 12
-    quarters[i] = _mm512_add_ps(_mm512_shuffle_f32x4(halves[i], halves[i + 4], 0x88),
-                                _mm512_shuffle_f32x4(halves[i], halves[i + 4], 0xdd));
-  }
-  const __m512 ab =
-      _mm512_add_ps(_mm512_unpacklo_ps(quarters[0], quarters[1]), _mm512_unpackhi_ps(quarters[0], quarters[1]));
-  const __m512 cd =
-      _mm512_add_ps(_mm512_unpacklo_ps(quarters[2], quarters[3]), _mm512_unpackhi_ps(quarters[2], quarters[3]));
-  const __m512 of_all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  for (int i = 0; i < 4; ++i) neighbours[i] = neighbours_sum(halves[2 * i], halves[2 * i + 1]);
+  const __m512 low = neighbours_sum(neighbours[0], neighbours[1]);
+  const __m512 high = neighbours_sum(neighbours[2], neighbours[3]);
+  const __m512 of_all = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
   _mm_storeu_ps(sums, _mm512_castps512_ps128(of_all));
   _mm_storeu_ps(sums + 8, _mm512_extractf32x4_ps(of_all, 1));
   _mm_storeu_ps(sums + 4, _mm512_extractf32x4_ps(of_all, 2));

@@ -110,6 +110,53 @@ inline __m512 fmaddsub_ps(__m512 a, __m512 b, __m512 c) {
   return joined<__m512>(_mm256_fmaddsub_ps(low(a), low(b), low(c)), _mm256_fmaddsub_ps(high(a), high(b), high(c)));
 }
 
+// Four lanes of a, two of b's quarters after two of a's, as the bits of control say.
+template <int kControl>
+inline __m512 shuffle_f32x4(__m512 a, __m512 b) {
+  const Lanes<__m128, __m512> from_a(a), from_b(b);
+  Lanes<__m128, __m512> to;
+  for (int i = 0; i < 4; ++i) to.lane[i] = (i < 2 ? from_a : from_b).lane[kControl >> (2 * i) & 3];
+  return to.vector();
+}
+
+// Each float in bits, through a function of them.
+template <typename Of>
+inline __m512 by_bits(__m512 a, Of of) {
+  Lanes<uint32_t, __m512> lanes(a);
+  for (int i = 0; i < lanes.count; ++i) lanes.lane[i] = of(lanes.lane[i]);
+  return lanes.vector();
+}
+
+// a - round_half_even(a); infinities give 0.
+inline __m512 reduce_ps(__m512 a) {
+  Lanes<float, __m512> x(a);
+  for (int i = 0; i < x.count; ++i) {
+    x.lane[i] = __builtin_isinf(x.lane[i]) ? 0.0f : x.lane[i] - __builtin_nearbyintf(x.lane[i]);
+  }
+  return x.vector();
+}
+
+// As far off as the instruction may be: cut after 14 bits.
+inline __m512 rcp14_ps(__m512 a) {
+  Lanes<float, __m512> x(a);
+  for (int i = 0; i < x.count; ++i) x.lane[i] = 1.0f / x.lane[i];
+  return by_bits(x.vector(), [](uint32_t bits) { return bits & ~0x1ffu; });
+}
+
+// To nearest even, subnormal numbers to 0, NaNs quiet.
+inline uint32_t bf16_of(uint32_t bits) {
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return bits >> 16 | 0x40;
+  if (magnitude < 0x00800000) return bits >> 16 & 0x8000;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline __m256i cvtneps_pbh(__m512 a) {
+  const Lanes<uint32_t, __m512> from(by_bits(a, bf16_of));
+  Lanes<uint16_t, __m256i> to;
+  for (int i = 0; i < to.count; ++i) to.lane[i] = static_cast<uint16_t>(from.lane[i]);
+  return to.vector();
+}
+
 }  // namespace
 }  // namespace emulated
 
@@ -135,6 +182,17 @@ inline __m512 fmaddsub_ps(__m512 a, __m512 b, __m512 c) {
   ::emulated::joined<__m512>(_mm256_permute_ps(::emulated::low(a), control), \
                              _mm256_permute_ps(::emulated::high(a), control))
 #define _mm512_extractf32x8_ps(a, half) ::emulated::Lanes<__m256, __m512>(a).lane[half]
+
+#define _mm512_srai_epi32(a, count)                                                                     \
+  ::emulated::joined<__m512i>(_mm256_srai_epi32(::emulated::Lanes<__m256i, __m512i>(a).lane[0], count), \
+                              _mm256_srai_epi32(::emulated::Lanes<__m256i, __m512i>(a).lane[1], count))
+#define _mm512_extracti32x8_epi32(a, half) ::emulated::Lanes<__m256i, __m512i>(a).lane[half]
+#define _mm512_extractf32x4_ps(a, quarter) ::emulated::Lanes<__m128, __m512>(a).lane[quarter]
+#define _mm512_shuffle_f32x4(a, b, control) ::emulated::shuffle_f32x4<control>(a, b)
+#define _mm512_reduce_ps(a, control) ::emulated::reduce_ps(a)  // to nearest is what is asked for
+#define _mm512_rcp14_ps(a) ::emulated::rcp14_ps(a)
+#define _mm512_cvtneps_pbh(a) ::emulated::cvtneps_pbh(a)
+#define _mm512_cvtne2ps_pbh(a, b) ::emulated::joined<__m512i>(::emulated::cvtneps_pbh(b), ::emulated::cvtneps_pbh(a))
 
 #define _mm512_reduce_add_ps(a) ::emulated::reduced<float>(a, [](float x, float y) { return x + y; })
 #define _mm512_reduce_max_ps(a) ::emulated::reduced<float>(a, [](float x, float y) { return x > y ? x : y; })
