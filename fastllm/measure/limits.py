@@ -109,7 +109,7 @@ class Limits:
         return {"fp32": self.fp32, "int8": self.int8, "int4": self.int4}[arithmetic] * 1e9
 
 
-_LOOPS = 2  # of csrc/cpu/limits.cpp, counted up where a loop comes nearer to the limit: what was kept is then too low
+_LOOPS = 3  # of csrc/cpu/limits.cpp, counted up where a loop comes nearer to the limit: what was kept is then too low
 _measured: dict[tuple[str, int], Limits] = {}
 
 
