@@ -2,8 +2,8 @@
 
     python benchmarks/step.py MODEL [--activations int8] [--cache int8] [--prompt 128] [--steps 64] [--json FILE]
 
-Steps as they are served alternate with steps whose calls are timed one by one; the difference between the two is what the clock costs.
-Figures are medians over the steps. Weights are counted once a step, scales included, in the share of the measured read bandwidth; that
+Steps as they are served alternate with steps whose calls are timed one by one: what of such a step no call has is outside of kernels,
+the clock that times them included. Figures are medians over the steps. Weights are counted once a step, scales included, in the share of the measured read bandwidth; that
 is the best that was ever seen of a memory which others use too, so that a loop that does nothing but read has its turn after every
 eighth step (the next one, which finds the caches full of it, does not count).
 """
@@ -59,7 +59,7 @@ def measure(llama, prompt: int, steps: int) -> dict[str, object]:
     token = int(prefill(llama, [[1] * prompt], cache)[0].argmax())
     step = DecodeStep(llama, cache)
     whole: list[float] = []
-    inside: list[float] = []
+    outside: list[float] = []
     reading, reads = Reading(weight_bytes(llama)), []
     kernels = defaultdict(list)
     for i in range(2 * steps + 1):
@@ -79,13 +79,13 @@ def measure(llama, prompt: int, steps: int) -> dict[str, object]:
             continue
         for kernel in {name for name, _ in calls}:
             kernels[kernel].append(sum(seconds for name, seconds in calls if name == kernel))
-        inside.append(sum(seconds for _, seconds in calls))
-    total, busy = statistics.median(whole), statistics.median(inside)
+        outside.append(1 - sum(seconds for _, seconds in calls) / took)
+    total, busy = statistics.median(whole), sum(statistics.median(times) for times in kernels.values())
     read = weight_bytes(llama)
     return {
         "tok_s": 1 / total,
         "step_us": total * 1e6,
-        "outside_kernels": max(0.0, 1 - busy / total),
+        "outside_kernels": statistics.median(outside),
         "kernels": {name: statistics.median(times) / busy for name, times in kernels.items()},
         "weights_gb_s": read / total / 1e9,
         "of_read_limit": read / total / (limits().read_memory * 1e9),

@@ -31,6 +31,7 @@ constexpr int kRows = 6, kChains = 24;
 constexpr int kRows = 4, kChains = 12;
 #endif
 constexpr int64_t kSplit = 128;                 // 32 KiB of K and V at D = 64 in bf16
+constexpr int64_t kWorkerFlops = 1 << 18;       // some microseconds
 constexpr int64_t kAheadKeys = 16;              // asked for before they are wanted
 constexpr int64_t kRun = kWidth == 1 ? 8 : 32;  // one lane has no other lanes to share a sum with
 constexpr int64_t kScoreRun = kWidth == 1 ? 8 : 16;
@@ -300,7 +301,11 @@ void attention_decode(const AttentionArgs& a) {
   const int64_t heads = a.B * a.Hk, rows = heads > 0 ? a.T * (a.H / a.Hk) : 0, wide = round_up(a.D, kWidth);
   if (rows == 0) return;
   const int64_t splits = most(1, (a.S + kSplit - 1) / kSplit), tasks = heads * splits;
-  const int64_t workers = least(a.threads < 1 ? 1 : a.threads, tasks);
+  int64_t keys = 0;
+  for (int64_t b = 0; b < a.B; ++b) keys += num_keys(a, b);
+  // No more than have kWorkerFlops each: where there is less to do, waking a thread takes longer.
+  const int64_t wanted = least(a.threads, 4 * a.D * rows * a.Hk * keys / kWorkerFlops);
+  const int64_t workers = least(most(wanted, 1), tasks);
   // Scratch: q, p and a row for each worker; the partials; for each head how many of its tasks are done.
   const int64_t q_floats = rows * wide, scratch = round_up(q_floats + rows * kSplit + wide, 16);
   float* memory = workspace(workers * scratch + tasks * Partials::floats(rows, wide) + heads);
