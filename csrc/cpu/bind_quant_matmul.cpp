@@ -72,6 +72,7 @@ QuantMatmulArgs args_of(const TensorView& x, const TensorView& data, const Tenso
   a.bits = bits;
   a.zero = zero;
   a.threads = threads;
+  a.bf16_dots = fast_bf16_dots();
   return a;
 }
 

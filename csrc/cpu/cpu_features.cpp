@@ -13,6 +13,7 @@ namespace fastllm::cpu {
 // The tests' build, whose AVX-512 rungs are SIMDe's (tests/native/simde_avx512): every rung runs on any machine with
 // AVX2.
 Isa detect_isa() { return Isa::avx512_bf16; }
+bool fast_bf16_dots() { return true; }
 #elif defined(__x86_64__)
 namespace {
 
@@ -56,8 +57,17 @@ Isa detect_isa() {
   }();
   return detected;
 }
+
+bool fast_bf16_dots() {
+  static const bool amd = [] {
+    const Registers zero = cpuid(0, 0);
+    return zero.ebx == 0x68747541 && zero.edx == 0x69746e65 && zero.ecx == 0x444d4163;  // "AuthenticAMD"
+  }();
+  return amd;
+}
 #else
 Isa detect_isa() { return Isa::scalar; }
+bool fast_bf16_dots() { return false; }
 #endif
 
 namespace {

@@ -20,6 +20,9 @@ Isa detect_isa();
 Isa active_isa();
 void set_active_isa(Isa isa);  // the caller checks that it is not above detect_isa()
 
+// Whether dot products of bf16 do twice the multiply-adds of fp32 in a second. Intel's processors do half as many.
+bool fast_bf16_dots();
+
 template <typename Args>
 struct KernelTable {
   void (*entries[kNumIsa])(const Args&);

@@ -1,5 +1,5 @@
 // Products of packed weights with activations in bf16 by vdpbf16ps, which takes two columns a step: included by
-// quant_matmul_float.cpp where the rung has it.
+// quant_matmul_float.cpp where the rung has it, and used where the processor is fast at it (fast_bf16_dots).
 //
 //   y[m, n] = sum over pieces of 32 columns of scale * sum((q - center) x) + offset * sum(x)
 //   offset = minimum + (center - zero) * scale
@@ -80,6 +80,11 @@ struct BfSegment {
   const float* offset;  // likewise, or null
   int64_t block_bytes, x_stride, sums_stride, columns;
   float* sums;  // (tokens, kBlocks, 16), added to
+  // Of the last segment, whose tiles write y: see quant_matmul_int8.cpp.
+  bool last;
+  const QuantMatmulArgs* args;
+  int64_t token, block;
+  Ahead ahead;
 };
 
 // A line's columns from `data`, or from a panel the same pairs.
@@ -153,7 +158,12 @@ void add_bf16_tile(const BfSegment& s) {
 template <int kBits, int kTokens, int kBlocks>
 FASTLLM_INLINE void add_bf16_tiles(BfSegment s, int64_t tokens) {
   for (; tokens >= kTokens; tokens -= kTokens) {
+    ask_ahead<kTokens, kBlocks>(s.ahead, (tokens + kTokens - 1) / kTokens);
     add_bf16_tile<kBits, kTokens, kBlocks, true>(s);
+    for (int b = 0; s.last && b < kBlocks; ++b) {
+      store_rows(*s.args, s.token, kTokens, s.block + b, s.sums + b * kBlockRows, kBlocks * kBlockRows);
+    }
+    s.token += kTokens;
     s.x += kTokens * s.x_stride;
     s.x_sums += kTokens * s.sums_stride;
     s.sums += kTokens * kBlocks * kBlockRows;
@@ -238,6 +248,19 @@ void bf16_blocks(const QuantMatmulArgs& a, const BfActivations& of, int64_t firs
           for (int j = 0; j < 16 / kBits; ++j, to += kLineBytes) _mm512_store_si512(to, pairs[j]);
         }
       }
+      s.last = k + kFloatSegment >= a.K;
+      s.args = &a;
+      s.token = first_token;
+      s.block = block;
+      const int64_t segment_bytes = kFloatSegment * kBlockRows * kBits / 8;
+      s.ahead = {};
+      s.ahead.weights = s.data + (s.last ? block_bytes * kBlocks - k * kBlockRows * kBits / 8 : segment_bytes);
+      s.ahead.lines = (segment_bytes < block_bytes ? segment_bytes : block_bytes) / kLineBytes;
+      s.ahead.block_stride = block_bytes;
+      if (s.last) {
+        s.ahead.y = static_cast<const char*>(a.y) + (first_token * a.N + block * kBlockRows) * 2;
+        s.ahead.y_stride = a.N * 2;
+      }
       s.data = panel;
       s.block_bytes = kPanelBytes;
       add_bf16_tiles<kBits, kBlocks == 1 ? 12 : 6, kBlocks>(s, tokens);
@@ -245,7 +268,7 @@ void bf16_blocks(const QuantMatmulArgs& a, const BfActivations& of, int64_t firs
       add_bf16_tile<kBits, kTokens, kBlocks, false>(s);
     }
   }
-  for (int64_t b = 0; b < kBlocks; ++b) {
+  for (int64_t b = 0; !kPanel && b < kBlocks; ++b) {
     store_rows(a, first_token, tokens, block + b, sums + b * kBlockRows, kRows);
   }
 }

@@ -24,7 +24,8 @@ struct QuantMatmulArgs {
   Rows x_rows;
   int64_t M, N, K, group_size;
   int bits, zero, threads;
-  char* scratch;  // 64-byte aligned; the kernel's _scratch function says how much
+  bool bf16_dots;  // whether the kernel for float activations may use them, where the rung has them
+  char* scratch;   // 64-byte aligned; the kernel's _scratch function says how much
 };
 
 inline constexpr int64_t kBlockRows = 16;

@@ -409,7 +409,7 @@ void multiply(const QuantMatmulArgs& a) {
   for (int64_t first = 0; first < a.M; first += kMaxTokens) {
     const int64_t tokens = a.M - first < kMaxTokens ? a.M - first : kMaxTokens;
 #if FASTLLM_ISA_LEVEL >= 4
-    if (a.dtype == DType::bf16) {
+    if (a.dtype == DType::bf16 && a.bf16_dots) {
       multiply_tokens_bf16<kBits>(a, first, tokens);
       continue;
     }

@@ -189,27 +189,6 @@ void quantize_token(const QuantMatmulArgs& a, int64_t token, int64_t group_size,
 // ---------------------------------------------------------------- one tile: blocks of 16 rows x kTokens tokens x a
 // segment
 
-// What will be wanted after a segment's tiles; each of them asks for its share, for all at once would be more than the
-// processor can have under way.
-struct Ahead {
-  const uint8_t* weights;  // of the next segment, block_stride bytes apart
-  int64_t lines, block_stride;
-  const char* y;  // where the first token's sums will go, the others' y_stride bytes apart; or null
-  int64_t y_stride;
-};
-
-template <int kTokens, int kBlocks>
-FASTLLM_INLINE void ask_ahead(Ahead& a, int64_t tiles_left) {
-  const int64_t share = (a.lines + tiles_left - 1) / tiles_left;
-  for (int64_t i = 0; i < share; ++i, a.weights += kLineBytes) {
-    for (int b = 0; b < kBlocks; ++b) __builtin_prefetch(a.weights + b * a.block_stride, 0, 2);
-  }
-  a.lines -= share;
-  for (int t = 0; a.y && t < kTokens; ++t, a.y += a.y_stride) {
-    for (int b = 0; b < kBlocks; ++b) __builtin_prefetch(a.y + b * kLineBytes, 1);
-  }
-}
-
 // One segment of K, of one block of 16 rows or of blocks beside each other.
 struct Segment {
   const uint8_t* weights;        // units, packed; or unpacked, if the tile says so; blocks stand block_stride apart

@@ -120,7 +120,8 @@ def _cases() -> list[Case]:
             size = n * k * bits // 8 + scales + rows * (n + k) * _dtype.itemsize
             for activations in ("float", "int8"):
                 make = _inputs(m, n, k, _dtype, activations=activations, **options)
-                arithmetic = f"int{bits}" if activations == "int8" else "fp32"
+                floats = "bf16" if _dtype == torch.bfloat16 else "fp32"
+                arithmetic = f"int{bits}" if activations == "int8" else floats
                 title = f"{name} {activations} activations"
                 cases.append(Case(title, _dtype, make, size, 2 * rows * n * k, bench, gpu, arithmetic=arithmetic))
 
