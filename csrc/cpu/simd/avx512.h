@@ -140,14 +140,6 @@ FASTLLM_INLINE float reduce_max_magnitude(vf a) {
   return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));
 }
 
-// The largest 32-bit integer of each, one after the other.
-FASTLLM_INLINE void store_max4(__m256i a, __m256i b, __m256i c, __m256i d, float* largest) {
-  const __m256i ab = _mm256_max_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
-  const __m256i cd = _mm256_max_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
-  const __m256i abcd = _mm256_max_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
-  const __m128i of_each = _mm_max_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(largest), of_each);
-}
 FASTLLM_INLINE __m256i halves_max(vf a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   return _mm256_max_epi32(_mm512_castsi512_si256(bits), _mm512_extracti32x8_epi32(bits, 1));

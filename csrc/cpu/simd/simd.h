@@ -37,6 +37,25 @@
 #error "FASTLLM_ISA names the rung: scalar, avx2, avx512, avx512_vnni or avx512_bf16"
 #endif
 
+#if FASTLLM_ISA_LEVEL >= 1
+#include <immintrin.h>
+
+namespace fastllm::cpu::FASTLLM_ISA {
+namespace {
+
+// The largest 32-bit integer of each, one after the other.
+FASTLLM_INLINE void store_max4(__m256i a, __m256i b, __m256i c, __m256i d, float* largest) {
+  const __m256i ab = _mm256_max_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+  const __m256i cd = _mm256_max_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+  const __m256i abcd = _mm256_max_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+  const __m128i of_each = _mm_max_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(largest), of_each);
+}
+
+}  // namespace
+}  // namespace fastllm::cpu::FASTLLM_ISA
+#endif
+
 // 0 scalar, 1 avx2, 2 avx512, 3 avx512_vnni, 4 avx512_bf16: the same order as enum class Isa.
 #if FASTLLM_ISA_LEVEL >= 2
 #include "avx512.h"
