@@ -168,7 +168,7 @@ FASTLLM_INLINE void add_bf16_tiles(BfSegment s, int64_t tokens) {
     s.x_sums += kTokens * s.sums_stride;
     s.sums += kTokens * kBlocks * kBlockRows;
   }
-  if constexpr (kTokens > 1) add_bf16_tiles<kBits, kTokens == 3 ? 2 : kTokens / 2, kBlocks>(s, tokens);
+  if constexpr (kTokens > 1) add_bf16_tiles<kBits, smaller_tile(kTokens), kBlocks>(s, tokens);
 }
 
 // ---------------------------------------------------------------- activations

@@ -120,6 +120,9 @@ FASTLLM_INLINE void widen_offset(const QuantMatmulArgs& a, int64_t index, int ce
   }
 }
 
+// The next smaller size of tile that there is a kernel for: 12 6 4 2 1, 8 4 2 1, or 3 2 1.
+constexpr int smaller_tile(int tokens) { return tokens == 6 ? 4 : tokens == 3 ? 2 : tokens / 2; }
+
 // What will be wanted after a segment's tiles; each of them asks for its share, for all at once would be more than the
 // processor can have under way.
 struct Ahead {

@@ -31,9 +31,6 @@ constexpr int kMaxBlocks = kDirectBlocks > kPanelBlocks ? kDirectBlocks : kPanel
 constexpr int64_t kChain = 32;  // columns that are summed on one chain before the sum joins the total
 constexpr int64_t kMaxGroups = kFloatSegment / 32;
 
-// The next smaller size of tile that there is a kernel for: 12, 6, 3, 2, 1.
-constexpr int smaller_tile(int tokens) { return tokens == 2 ? 1 : tokens == 3 ? 2 : tokens / 2; }
-
 // ---------------------------------------------------------------- scales
 
 // The scales and offsets (minimum - zero * scale) of one segment of a block: (groups, 16) each.

@@ -341,9 +341,6 @@ void add_tile(const Segment& s) {
   }
 }
 
-// The next smaller size of tile: 8 4 2 1, or 6 4 2 1, or 3 2 1.
-constexpr int smaller_tile(int tokens) { return tokens == 6 ? 4 : tokens == 3 ? 2 : tokens / 2; }
-
 template <int kBits, int kTokens, int kBlocks, bool kUnpacked>
 void add_tiles(Segment& s, int64_t tokens) {
   // 4 + 4 keep more sums under way than 6 + 2.
