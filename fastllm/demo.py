@@ -68,9 +68,11 @@ class FastllmEngine:
         self.model.llama.activations = "float" if mode == "fastllm_float" else "int8"
 
     def prefill(self, ids: list[int]) -> None:
+        from .generation.decode import borrowed_cache
         from .generation.prefill import prefill
 
-        prefill(self.model.llama, [ids], self.model.llama.new_cache(1, len(ids)))
+        with borrowed_cache(self.model.llama, 1, len(ids)) as cache:
+            prefill(self.model.llama, [ids], cache)
 
     def decoder(self, ids: list[int]) -> Callable[[], int]:
         from .generation.decode import DecodeStep

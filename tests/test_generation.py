@@ -44,7 +44,11 @@ class Counting:
         self.cache = self.Cache(batch, capacity)
         return self.cache
 
-    def hidden_states(self, ids, cache, places=None):
+    def give_back(self, cache):
+        assert cache is self.cache
+        self.given_back = getattr(self, "given_back", 0) + 1
+
+    def hidden_states(self, ids, cache, places=None, *, last=False):
         for b in range(len(ids)):
             for t, token in enumerate(ids[b].tolist()):
                 slot = int(cache.lengths[b]) + t
@@ -69,6 +73,16 @@ def test_greedy_counts_on_for_each_sequence_of_a_ragged_batch():
     assert steps == [[[4], [10]], [[5], [11]], [[6], [12]], [[7], [13]], [[8], [14]]]
     assert model.cache.seen[1][:5] == [9, 10, 11, 12, 13]
     assert model.cache.seen[0][:7] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_the_cache_goes_back_once_even_where_nobody_wants_the_rest():
+    assert run([[1, 2, 3], [9]])[1].given_back == 1
+    model = Counting()
+    steps = generate_ids(model, [[1]], Sampling(), max_new_tokens=5, context=100)
+    next(steps)
+    assert not hasattr(model, "given_back")
+    steps.close()
+    assert model.given_back == 1
 
 
 def test_a_stop_token_ends_its_sequence_only():

@@ -353,6 +353,73 @@ def test_a_replayed_step_gives_the_bits_of_a_computed_one(name, activations, tmp
     assert computed._replay is None
 
 
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_last_token_alone_is_what_it_is_among_all(name, cache_dtype, tmp_path):
+    save(ARCHITECTURES[name], tmp_path)
+    llama = fastllm.load(tmp_path, cache_dtype=cache_dtype).llama
+    ids = ids_of(2, 40)
+    whole, short = llama.new_cache(2, 40), llama.new_cache(2, 40)
+    with torch.inference_mode():
+        for part in ids[:, :33], ids[:, 33:]:
+            expected = llama.hidden_states(part, whole)[:, -1:]
+            got = llama.hidden_states(part, short, last=True)
+            assert got.shape == expected.shape
+            assert (got - expected).abs().max() <= 2**-17 * expected.abs().max()  # another kernel's order of sums
+            for cache in whole, short:
+                cache.lengths += part.shape[1]
+    for a, b in zip(whole.layers, short.layers):
+        assert torch.equal(a.keys, b.keys)
+        assert torch.equal(a.values, b.values)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8])
+def test_a_cache_that_is_given_back_is_the_next_one(cache_dtype, tmp_path, monkeypatch):
+    from fastllm.models import llama as module
+
+    save(ARCHITECTURES["llama"], tmp_path)
+    llama = fastllm.load(tmp_path, cache_dtype=cache_dtype).llama
+
+    def memory(cache):
+        return [layer.keys.data_ptr() for layer in cache.layers]
+
+    with torch.inference_mode():
+        first = llama.new_cache(2, 60)
+    for layer in first.layers:
+        layer.keys.fill_(torch.nan if cache_dtype == torch.float32 else 127)
+    first.lengths += 7
+    where = memory(first)
+    llama.give_back(first)
+    with torch.inference_mode():
+        second = llama.new_cache(2, 50)
+    assert memory(second) == where
+    assert (second.capacity, second.lengths.tolist(), second.layers[0].keys.shape[2]) == (50, [0, 0], 50)
+    assert all(int(t.count_nonzero()) == 0 for layer in second.layers for t in layer if t is not None)
+    second.lengths += 1  # outside of the mode
+    llama.give_back(second)
+    assert memory(llama.new_cache(2, 60)) == where  # all of it, not the part that was used
+    others = [llama.new_cache(2, 60)]
+    assert memory(others[0]) != where  # while it is in use
+    for batch, capacity in ((1, 60), (2, 61)):
+        llama.give_back(others[-1])
+        others.append(llama.new_cache(batch, capacity))
+        assert (others[-1].batch, others[-1].capacity) == (batch, capacity)
+        assert memory(others[-1]) != memory(others[-2])
+    monkeypatch.setattr(module, "KEPT_CACHE", others[-1].nbytes - 1)
+    llama.give_back(others[-1])
+    assert not llama._used_cache
+
+
+def test_a_second_generation_is_the_first_ones_again(tmp_path):
+    save(ARCHITECTURES["llama"], tmp_path)
+    model = fastllm.load(tmp_path)
+    long, short = ids_of(1, 50)[0], ids_of(1, 9, seed=3)[0]
+    alone = fastllm.load(tmp_path).generate(short, max_new_tokens=8)
+    model.generate(long, max_new_tokens=8)
+    assert model.llama._used_cache
+    assert model.generate(short, max_new_tokens=8) == alone
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

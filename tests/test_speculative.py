@@ -43,7 +43,11 @@ class Table:
         self.cache = self.Cache(batch, capacity)
         return self.cache
 
-    def hidden_states(self, ids, cache, places=None):
+    def give_back(self, cache):
+        assert cache is self.cache
+        self.given_back = getattr(self, "given_back", 0) + 1
+
+    def hidden_states(self, ids, cache, places=None, *, last=False):
         at = cache.lengths[:, None] + torch.arange(ids.shape[1])
         assert int(at.max()) < cache.capacity
         cache.slots.scatter_(1, at, ids)

@@ -45,6 +45,7 @@ class FastLLM:
             steps.append(first_maxima(step(steps[-1])))
             cache.lengths += 1
             tick()
+        self.llama.give_back(cache)  # as fastllm's own loop does
         return [list(tokens) for tokens in zip(*steps)]
 
 

@@ -9,7 +9,8 @@ whatever is launched, PyTorch's kernels too; a step that waits for the GPU in be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..backends import cpu_module
 from ..nn.cache import Places
 
-__all__ = ["DecodeStep", "Decoder"]
+__all__ = ["DecodeStep", "Decoder", "borrowed_cache"]
 
 
 class Decoder(Protocol):
@@ -36,8 +37,19 @@ class Decoder(Protocol):
     def device(self) -> torch.device: ...
     def query_runs(self, tokens: int) -> int: ...
     def new_cache(self, batch: int, capacity: int) -> Any: ...
-    def hidden_states(self, ids: Tensor, cache: Any, places: Places | None = None) -> Tensor: ...
+    def give_back(self, cache: Any) -> None: ...
+    def hidden_states(self, ids: Tensor, cache: Any, places: Places | None = None, *, last: bool = False) -> Tensor: ...
     def head(self, hidden: Tensor) -> Tensor: ...
+
+
+@contextlib.contextmanager
+def borrowed_cache(model: Decoder, batch: int, capacity: int) -> Iterator[Any]:
+    """A new cache of the model's, given back at the end."""
+    cache = model.new_cache(batch, capacity)
+    try:
+        yield cache
+    finally:
+        model.give_back(cache)
 
 
 class DecodeStep:

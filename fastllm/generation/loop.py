@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..errors import value_error
-from .decode import Decoder, DecodeStep
+from .decode import Decoder, DecodeStep, borrowed_cache
 from .prefill import prefill
 from .sampling import Sampling
 from .speculative import DRAFT_TOKENS, Draft, Drafter, GenerationReport, checked
@@ -72,48 +72,49 @@ def _generate(
     seen = [list(p) for p in prompts]
     alive = list(range(len(seen)))
     generator = sampling.generator()
-    cache = model.new_cache(len(seen), capacity)
-    lengths = cache.lengths.numpy()  # the same memory: PyTorch would take tens of microseconds to write a number between steps
-    steps: dict[int, DecodeStep] = {}  # by the number of tokens that they take of each sequence
-    with torch.inference_mode():
-        logits = prefill(model, prompts, cache)[:, None].cpu()  # (B, tokens, V), where the draws are made
-    if drafter:
-        drafter.start(prompts, sampling, generator, capacity)
-    drafts = [Draft() for _ in seen]
-    while True:
-        new: list[list[int]] = [[] for _ in seen]
-        for b in alive:
-            tokens, accepted = checked(sampling, logits[b], seen[b], drafts[b], generator)
-            new[b] = _until(stops, tokens)[: ends[b] - len(seen[b])]
-            if len(new[b]) < len(tokens):
-                ends[b] = len(seen[b]) + len(new[b])
-            report.passes += 1
-            report.tokens += len(new[b])
-            report.drafted += len(drafts[b].tokens)
-            report.accepted += min(accepted, len(new[b]))
-            seen[b] += new[b]
-        if not any(new):
-            return
-        yield new
-        alive = [b for b in alive if len(seen[b]) < ends[b]]
-        if not alive:
-            return
-        # The last token of a sequence is not in the cache yet, nor is any guess that fell. A sequence that has ended goes on in the
-        # batch, at the start of its slots: its output is never looked at.
-        lengths[:] = 0
-        for b in alive:
-            lengths[b] = len(seen[b]) - 1
+    with borrowed_cache(model, len(seen), capacity) as cache:
+        # As an array, of the same memory: PyTorch would take tens of microseconds to write a number between steps.
+        lengths = cache.lengths.numpy()
+        steps: dict[int, DecodeStep] = {}  # by the number of tokens that they take of each sequence
+        with torch.inference_mode():
+            logits = prefill(model, prompts, cache)[:, None].cpu()  # (B, tokens, V), where the draws are made
+        if drafter:
+            drafter.start(prompts, sampling, generator, capacity)
         drafts = [Draft() for _ in seen]
-        if drafter and int(lengths.max()) + 1 + draft_tokens <= capacity:
-            wanted = [0] * len(seen)
+        while True:
+            new: list[list[int]] = [[] for _ in seen]
             for b in alive:
-                wanted[b] = min(draft_tokens, ends[b] - len(seen[b]) - 1)
-            drafts = drafter.propose(seen, wanted)
-        width = 1 + draft_tokens if any(d.tokens for d in drafts) else 1
-        if width not in steps:
-            steps[width] = DecodeStep(model, cache, width)
-        ids = [[s[-1], *d.tokens, *[0] * (width - 1 - len(d.tokens))] for s, d in zip(seen, drafts)]
-        logits = steps[width](ids).unflatten(0, (-1, width)).cpu()
+                tokens, accepted = checked(sampling, logits[b], seen[b], drafts[b], generator)
+                new[b] = _until(stops, tokens)[: ends[b] - len(seen[b])]
+                if len(new[b]) < len(tokens):
+                    ends[b] = len(seen[b]) + len(new[b])
+                report.passes += 1
+                report.tokens += len(new[b])
+                report.drafted += len(drafts[b].tokens)
+                report.accepted += min(accepted, len(new[b]))
+                seen[b] += new[b]
+            if not any(new):
+                return
+            yield new
+            alive = [b for b in alive if len(seen[b]) < ends[b]]
+            if not alive:
+                return
+            # The last token of a sequence is not in the cache yet, nor is any guess that fell. A sequence that has ended goes on in the
+            # batch, at the start of its slots: its output is never looked at.
+            lengths[:] = 0
+            for b in alive:
+                lengths[b] = len(seen[b]) - 1
+            drafts = [Draft() for _ in seen]
+            if drafter and int(lengths.max()) + 1 + draft_tokens <= capacity:
+                wanted = [0] * len(seen)
+                for b in alive:
+                    wanted[b] = min(draft_tokens, ends[b] - len(seen[b]) - 1)
+                drafts = drafter.propose(seen, wanted)
+            width = 1 + draft_tokens if any(d.tokens for d in drafts) else 1
+            if width not in steps:
+                steps[width] = DecodeStep(model, cache, width)
+            ids = [[s[-1], *d.tokens, *[0] * (width - 1 - len(d.tokens))] for s, d in zip(seen, drafts)]
+            logits = steps[width](ids).unflatten(0, (-1, width)).cpu()
 
 
 def _until(stops: frozenset[int], tokens: list[int]) -> list[int]:

@@ -23,7 +23,7 @@ def prefill(model: Decoder, prompts: Sequence[Sequence[int]], cache: Any) -> Ten
         row = cache.row(b)
         for start in range(0, len(prompt), chunk):
             ids = torch.tensor([prompt[start : start + chunk]], device=model.device)
-            hidden = model.hidden_states(ids, row)[:, -1]
+            hidden = model.hidden_states(ids, row, last=True)[:, -1]
             row.lengths += ids.shape[1]
         last.append(hidden)
     return model.head(torch.cat(last))

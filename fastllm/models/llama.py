@@ -7,6 +7,8 @@ functions are plain PyTorch.
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from .loaders import ModelConfig
 __all__ = ["Layer", "Llama", "Weights"]
 
 WIDEST_ACTIVATION = 4 << 20  # bytes, of a prompt's tokens
+KEPT_CACHE = 256 << 20  # bytes, at most, of a used cache that waits for the next one
 
 Weight = Tensor | QuantizedTensor  # (N, K)
 
@@ -77,6 +80,7 @@ class Llama:
         self.config, self.weights, self.rope = config, weights, rope
         self.dtype, self.cache_dtype = dtype, cache_dtype or dtype
         self.activations, self.ops = activations, ops
+        self._used_cache: deque[KVCache] = deque(maxlen=1)  # whose methods are atomic: threads may share a model
 
     @property
     def kernel_calls(self) -> int:
@@ -99,8 +103,21 @@ class Llama:
         return self.rope.cos.device
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache, in the memory of the one that was given back where it fits."""
         c = self.config
-        return KVCache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, self.cache_dtype, self.device)
+        with torch.inference_mode(False):  # a cache may outlive the mode, and what is made in it can't be written to outside
+            with contextlib.suppress(IndexError):
+                used = self._used_cache.pop()
+                if used.batch == batch and used.capacity >= capacity:
+                    return used.emptied(capacity)
+            return KVCache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, self.cache_dtype, self.device)
+
+    def give_back(self, cache: KVCache) -> None:
+        """A cache that nothing looks at any more: the next one may have its memory. The system takes longer to hand out a page
+        than a short prompt's kernels take to fill it."""
+        cache = cache.whole or cache
+        if self.device.type == "cpu" and cache.nbytes <= KEPT_CACHE:
+            self._used_cache.append(cache)
 
     def query_runs(self, tokens: int) -> int:
         """In how many runs attention is to take a sequence's next ``tokens`` queries (``Places.kv_lens``), so that each of them gets
@@ -144,11 +161,15 @@ class Llama:
             return self.ops.quant_matmul(x, weight, bias, activations=self.activations)
         return torch.nn.functional.linear(x, weight, bias)
 
-    def hidden_states(self, ids: Tensor, cache: KVCache, places: Places | None = None) -> Tensor:
+    def hidden_states(self, ids: Tensor, cache: KVCache, places: Places | None = None, *, last: bool = False) -> Tensor:
         """Token ids (B, T) -> hidden states (B, T, hidden) after the last norm; keys and values join the cache.
 
         Sequences may have different lengths: token t of sequence b stands at position ``cache.lengths[b] + t``, unless
         ``places`` says otherwise. The caller advances ``cache.lengths``.
+
+        Args:
+            last: only the last token's hidden state is wanted, (B, 1, hidden), as of a prompt: of the others the last layer then
+                computes no more than keys and values. Not with ``places`` of several runs.
         """
         c, w, ops = self.config, self.weights, self.ops
         B, T = ids.shape
@@ -170,6 +191,8 @@ class Llama:
             into = cache.layers[i]
             scales = {} if into.k_scale is None else {"k_scale": into.k_scale, "v_scale": into.v_scale}
             q = ops.apply_rotary_cache(q, k, v, self.rope.cos, self.rope.sin, into.keys, into.values, at.positions, **scales)
+            if last and i == c.num_layers - 1:
+                q, x, T = q[:, :, -1:], x[:, -1:], 1
             o = self.attend(q, into.map(lambda t: t[:, :, : at.keys]), at.kv_lens)
             delta = self.linear(o.transpose(1, 2).reshape(B, T, H * D), layer.o)
             h, x = ops.rms_norm(delta, layer.mlp_norm, c.rms_norm_eps, residual=x, int8_group=self.int8_group(layer.gate_up))

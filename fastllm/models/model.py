@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import dtype_error, shape_error, type_error, value_error
+from ..generation.decode import borrowed_cache
 from ..generation.loop import generate_ids
 from ..generation.sampling import Sampling
 from ..generation.speculative import DRAFT_TOKENS, Drafter, DraftModel, GenerationReport, PromptLookup
@@ -73,8 +74,8 @@ class LanguageModel:
             raise shape_error(name, "ids", ids.shape, "(B, T) with at least one token")
         if ids.shape[1] > self.context:
             raise shape_error(name, "ids", ids.shape, f"at most {self.context} tokens", "to fit the model's context")
-        cache = self.llama.new_cache(ids.shape[0], ids.shape[1])
-        return self.llama.hidden_states(ids.to(self.llama.device, torch.int64), cache)
+        with borrowed_cache(self.llama, *ids.shape) as cache:
+            return self.llama.hidden_states(ids.to(self.llama.device, torch.int64), cache)
 
     def generate(
         self,

@@ -92,10 +92,24 @@ class KVCache:
         self.layers = [layer() for _ in range(num_layers)]
         self.lengths = torch.zeros(batch, dtype=torch.int64)
         self.capacity = capacity
+        self.whole: KVCache | None = None  # whose memory this uses a part of
 
     @property
     def batch(self) -> int:
         return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for layer in self.layers for t in layer if t is not None)
+
+    def emptied(self, capacity: int) -> KVCache:
+        """An empty cache of this or a lower capacity, in this one's memory."""
+        empty = copy(self)
+        empty.layers = [layer.map(lambda t: t[:, :, :capacity].zero_()) for layer in self.layers]
+        empty.lengths = torch.zeros_like(self.lengths)
+        empty.capacity = capacity
+        empty.whole = self
+        return empty
 
     def row(self, b: int) -> KVCache:
         """Sequence b by itself: a view, whose lengths (1,) are this cache's too."""
