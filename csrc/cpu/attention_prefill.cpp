@@ -271,16 +271,17 @@ void attention_prefill(const AttentionArgs& a) {
 
   const int64_t workers = least(a.threads < 1 ? 1 : a.threads, tasks), floats = scratch_floats(a.D);
   float* memory = workspace(workers * floats);
-  int64_t next = 0;
-  // One chunk a worker, each with its own scratch; workers take tasks from a counter.
+  // In the order of tokens, so that a thread has those that it projected and rotated; but the last of them, which see the
+  // most keys of a causal call, first, so that no thread is left with a long task at the end.
+  Shares shares(tasks, static_cast<int>(workers));
+  // One chunk a worker, each with its own scratch.
   parallel_for(workers, 1, static_cast<int>(workers), [&](int64_t worker, int64_t end) {
     for (; worker < end; ++worker) {
       const Scratch scratch = carve(memory + worker * floats, a.D);
-      for (;;) {
-        const int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-        if (i >= tasks) break;
-        // Causal: the last rows see the most keys and go first, so that no thread is left with a long task at the end.
-        const int64_t row0 = (a.causal ? runs - 1 - i / heads : i / heads) * length;
+      int64_t i, after;
+      while (shares.take(static_cast<int>(worker), 1, 1, &i, &after)) {
+        if (a.causal) i = shares.mirrored(i);
+        const int64_t row0 = i / heads * length;
         const Task task = {i % heads / a.Hk, i % a.Hk, row0, least(row0 + length, rows)};
 #define FASTLLM_BODY(T) attend<decltype(T)>(a, task, scratch)
         FASTLLM_FOR_CACHE(a.kv_dtype, FASTLLM_BODY)

@@ -33,37 +33,25 @@ namespace {
 struct Job {
   void (*body)(void*, int64_t, int64_t);
   void* context;
-  int64_t count, grain, threads;
-  std::atomic<int64_t> next{0};
+  int64_t grain;
+  Shares shares;
 
-  // Guided: half of a thread's fair share of what is left, so that the first chunks are long runs of memory and the
-  // last ones small enough for all to end together.
-  int64_t take(int64_t* size) {
-    int64_t begin = next.load(std::memory_order_relaxed), left;
-    do {
-      left = count - begin;
-      *size = left / (2 * threads) > grain ? left / (2 * threads) : grain;
-      if (*size > left) *size = left;
-    } while (left > 0 && !next.compare_exchange_weak(begin, begin + *size, std::memory_order_relaxed));
-    return begin;
-  }
-
-  void work() {
-    for (;;) {
-      int64_t size;
-      const int64_t begin = take(&size);
-      if (size <= 0) return;
-      body(context, begin, begin + size);
-    }
+  // `thread`: 0 for the caller, and the same for one thread from call to call.
+  void work(int thread) {
+    int64_t begin, end;
+    while (shares.take(thread, grain, INT64_MAX, &begin, &end)) body(context, begin, end);
   }
 };
 
 // ---------------------------------------------------------------- openmp
 
-using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+struct Gomp {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*thread)() = nullptr;
+};
 
 #if defined(__linux__)
-GompParallel find_gomp() {
+Gomp find_gomp() {
   std::string path;
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void* out) {
@@ -78,16 +66,19 @@ GompParallel find_gomp() {
         return 0;
       },
       &path);
-  if (path.empty()) return nullptr;
-  void* library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
-  return library ? reinterpret_cast<GompParallel>(dlsym(library, "GOMP_parallel")) : nullptr;
+  Gomp found;
+  if (void* library = path.empty() ? nullptr : dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD)) {
+    found.parallel = reinterpret_cast<decltype(found.parallel)>(dlsym(library, "GOMP_parallel"));
+    found.thread = reinterpret_cast<decltype(found.thread)>(dlsym(library, "omp_get_thread_num"));
+  }
+  return found.parallel != nullptr && found.thread != nullptr ? found : Gomp{};
 }
 #else
-GompParallel find_gomp() { return nullptr; }
+Gomp find_gomp() { return {}; }
 #endif
 
-GompParallel gomp() {
-  static const GompParallel found = find_gomp();
+const Gomp& gomp() {
+  static const Gomp found = find_gomp();
   return found;
 }
 
@@ -107,7 +98,7 @@ class Pool {
   void run(Job& job, int threads) {
     // One job at a time; a second Python thread does its work alone rather than wait for a core that is busy anyway.
     if (busy_.test_and_set(std::memory_order_acquire)) {
-      job.work();
+      job.work(0);
       return;
     }
     const int places = start_workers(threads - 1);
@@ -119,7 +110,7 @@ class Pool {
                    std::memory_order_release);
     }
     wake_.notify_all();
-    job.work();
+    job.work(0);
     // The job lies on the caller's stack: first nobody may join any more, then everybody must have left.
     state_.fetch_and(~kPlaces, std::memory_order_relaxed);
     for (int i = 0; (state_.load(std::memory_order_acquire) & kJoined) != 0; ++i) {
@@ -138,14 +129,14 @@ class Pool {
     try {
       for (; workers_ < wanted; ++workers_) {
         // Detached: they sleep when the process ends; nothing of theirs needs closing.
-        std::thread([this, seen = generation_] { loop(seen); }).detach();
+        std::thread([this, number = workers_ + 1, seen = generation_] { loop(number, seen); }).detach();
       }
     } catch (const std::system_error&) {  // the system grants no more threads: those that we have will do
     }
     return workers_ < wanted ? workers_ : wanted;
   }
 
-  void loop(uint32_t seen) {
+  void loop(int number, uint32_t seen) {
     for (;;) {
       // Kernels of one model follow each other within microseconds: spin that long, then sleep and leave the core to
       // others.
@@ -159,7 +150,7 @@ class Pool {
       while ((state & kPlaces) != 0 && static_cast<uint32_t>(state >> 32) == seen) {
         if (state_.compare_exchange_weak(state, state - kOnePlace + 1, std::memory_order_acquire,
                                          std::memory_order_relaxed)) {
-          job_->work();
+          job_->work(number);
           state_.fetch_sub(1, std::memory_order_release);
           break;
         }
@@ -199,7 +190,7 @@ Pool& pool() { return *the_pool.load(std::memory_order_relaxed); }
 
 thread_local bool on_pool = false;
 
-bool openmp_serves() { return use_openmp.load(std::memory_order_relaxed) && !on_pool && gomp() != nullptr; }
+bool openmp_serves() { return use_openmp.load(std::memory_order_relaxed) && !on_pool && gomp().parallel != nullptr; }
 
 const bool ready = [] {
   the_pool.store(new Pool, std::memory_order_relaxed);
@@ -211,15 +202,51 @@ const bool ready = [] {
 
 }  // namespace
 
+Shares::Shares(int64_t count, int shares) : total_(count), count_(shares < 1 ? 1 : shares < kMost ? shares : kMost) {
+  for (int i = 0; i < count_; ++i) shares_[i] = {start(i), start(i + 1)};
+}
+
+int64_t Shares::mirrored(int64_t index) const {
+  int share = 0;
+  while (index >= start(share + 1)) ++share;
+  return start(share) + start(share + 1) - 1 - index;
+}
+
+bool Shares::take_of(Share& share, int64_t parts, int64_t least, int64_t most, int64_t* begin, int64_t* end) {
+  int64_t from = __atomic_load_n(&share.next, __ATOMIC_RELAXED), size;
+  do {
+    const int64_t left = share.end - from;
+    if (left <= 0) return false;
+    size = left / parts > least ? left / parts : least;
+    if (size > most) size = most;
+    if (size > left) size = left;
+  } while (
+      !__atomic_compare_exchange_n(&share.next, &from, from + size, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  *begin = from;
+  *end = from + size;
+  return true;
+}
+
+bool Shares::take(int thread, int64_t least, int64_t most, int64_t* begin, int64_t* end) {
+  for (int i = 0; i < count_; ++i) {
+    // Half of its own share, so that the first runs are long runs of memory and the last ones small enough for all to
+    // end together; of another's no more than it would get if all came for it.
+    const int64_t parts = i == 0 ? 2 : 2 * count_;
+    if (take_of(shares_[(thread + i) % count_], parts, least, most, begin, end)) return true;
+  }
+  return false;
+}
+
 void run_chunks(int64_t count, int64_t grain, int threads, void (*body)(void*, int64_t, int64_t), void* context) {
   if (grain < 1) grain = 1;
   const int64_t chunks = (count + grain - 1) / grain;
   if (threads > chunks) threads = static_cast<int>(chunks);
-  Job job{body, context, count, grain, threads < 1 ? 1 : threads};
+  Job job{body, context, grain, Shares(count, threads)};
   if (threads <= 1) {
-    job.work();
+    job.work(0);
   } else if (openmp_serves()) {
-    gomp()([](void* job) { static_cast<Job*>(job)->work(); }, &job, static_cast<unsigned>(threads), 0);
+    gomp().parallel([](void* job) { static_cast<Job*>(job)->work(gomp().thread()); }, &job,
+                    static_cast<unsigned>(threads), 0);
   } else {
     pool().run(job, threads);
   }
@@ -232,7 +259,7 @@ const char* thread_runtime() { return openmp_serves() ? "openmp" : "pool"; }
 
 bool set_thread_runtime(const char* name) {
   const bool openmp = !std::strcmp(name, "openmp"), own = !std::strcmp(name, "pool");
-  if (openmp ? gomp() == nullptr : !own) return false;
+  if (openmp ? gomp().parallel == nullptr : !own) return false;
   use_openmp.store(openmp, std::memory_order_relaxed);
   return true;
 }

@@ -5,10 +5,33 @@
 
 namespace fastllm::cpu {
 
-// Runs body(context, begin, end) over [0, count) in chunks of at least `grain`, on at most `threads` threads, and
-// returns when all are done. Threads take chunks of what is left, long ones first, so a thread that another process
-// holds up delays the others by the chunk in its hand at most. The body must not throw. Results must not depend on
-// which thread runs a chunk, nor on where chunks begin.
+// [0, count) in equal shares, one a thread. Each takes runs of its own share, and then of the others': what one call's
+// thread wrote, the next call's same thread reads, from its own caches, and a thread that another process holds up
+// delays the others by the run in its hand at most.
+class Shares {
+ public:
+  Shares(int64_t count, int shares);
+  // The next run for the thread of that number, of `least` to `most` indices, the long ones first. False where nothing
+  // is left.
+  bool take(int thread, int64_t least, int64_t most, int64_t* begin, int64_t* end);
+  // The index as far from its share's other end: where the last ones have the most work, they then come first.
+  int64_t mirrored(int64_t index) const;
+
+ private:
+  static constexpr int kMost = 64;  // threads beyond share shares
+  struct alignas(64) Share {
+    int64_t next, end;
+  };
+  bool take_of(Share& share, int64_t parts, int64_t least, int64_t most, int64_t* begin, int64_t* end);
+  int64_t start(int share) const { return total_ * share / count_; }
+  Share shares_[kMost];
+  int64_t total_;
+  int count_;
+};
+
+// Runs body(context, begin, end) over [0, count) in chunks of at least `grain`, taken from Shares of at most `threads`
+// threads, and returns when all are done. The body must not throw. Results must not depend on which thread runs a
+// chunk, nor on where chunks begin.
 void run_chunks(int64_t count, int64_t grain, int threads, void (*body)(void* context, int64_t begin, int64_t end),
                 void* context);
 

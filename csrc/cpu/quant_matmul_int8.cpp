@@ -44,7 +44,7 @@ constexpr int kUnitsAStep = 4;  // of 4-bit weights: the 32 columns that sums of
 
 constexpr int kPrefetchBytes = 4096;  // how far ahead of the weights
 
-constexpr int64_t kMaxGroups = kInt8Segment / 32;  // in a segment
+constexpr int64_t kMaxGroups = kMaxSegment / 32;  // in a segment
 // Tokens in a tile: as many as leave registers for the sums of 16 rows.
 constexpr int kTile = FASTLLM_ISA_LEVEL == 0 ? 1 : FASTLLM_ISA_LEVEL == 1 ? 4 : 8;
 // Of packed 4-bit weights on AVX2 one less: their nibbles take registers too.
@@ -55,6 +55,8 @@ constexpr int kPackedTile = FASTLLM_ISA_LEVEL == 1 && kBits == 4 ? 3 : kTile;
 constexpr int kWideTile = FASTLLM_ISA_LEVEL >= 2 ? 6 : kTile, kWideBlocks = FASTLLM_ISA_LEVEL >= 2 ? 2 : 1;
 // From more tokens on, unpacking to memory once costs less than unpacking in registers for each tile.
 constexpr int kUnpackTokens = 12;
+// As many tokens are worth unpacking for: a thread's own.
+constexpr int64_t kPartTokens = 64;
 
 // ---------------------------------------------------------------- one step
 
@@ -152,9 +154,10 @@ template <int kBits>
 void quantize_token(const QuantMatmulArgs& a, int64_t token, int64_t group_size, int8_t* out, int64_t segment_stride,
                     ActivationGroup* groups) {
   const int64_t x_at = row_offset(a.x_rows, token), token_groups = (a.K + group_size - 1) / group_size;
-  for (int64_t k = 0; k < a.K; k += kInt8Segment, out += segment_stride) {
-    const int64_t count = a.K - k < kInt8Segment ? a.K - k : kInt8Segment, padded = padded_k(count);
-    alignas(64) int8_t bytes[kInt8Segment];
+  const int64_t segment = int8_segment(a.K);
+  for (int64_t k = 0; k < a.K; k += segment, out += segment_stride) {
+    const int64_t count = a.K - k < segment ? a.K - k : segment, padded = padded_k(count);
+    alignas(64) int8_t bytes[kMaxSegment];
     int8_t* q = kWideActivations<kBits> ? bytes : out;
     float found[2 * kMaxGroups];
     const float* of = found;
@@ -373,23 +376,31 @@ void unpack_units(const uint8_t* packed, int64_t units, uint8_t* unpacked) {
   }
 }
 
-// ---------------------------------------------------------------- all tokens of a pass x some blocks
+// ---------------------------------------------------------------- some tokens of a pass x some blocks
+
+struct Tokens {
+  const int8_t* x;  // of the first of them
+  const ActivationGroup* groups;
+  int64_t segment_bytes;  // from one segment of x to the next
+  int64_t first, count;
+};
 
 // Blocks [block, block + kBlocks).
 template <int kBits, int kBlocks>
-void multiply_some(const QuantMatmulArgs& a, const int8_t* x, const ActivationGroup* groups, int64_t first_token,
-                   int64_t tokens, int64_t block) {
+void multiply_some(const QuantMatmulArgs& a, const Tokens& of_pass, int64_t block) {
   constexpr int kBytes = kWideActivations<kBits> ? 2 : 1;
-  constexpr int64_t kRows = kBlocks * kBlockRows, kUnpackedBlock = kInt8Segment / 8 * kUnpackedBytes;
+  constexpr int64_t kRows = kBlocks * kBlockRows, kUnpackedBlock = kMaxSegment / 8 * kUnpackedBytes;
   alignas(64) float sums[kMaxTokens * kRows];
   alignas(64) float scale[kMaxGroups * kRows], offset[kMaxGroups * kRows];
   alignas(64) uint8_t unpacked[kBits == 4 ? kBlocks * kUnpackedBlock : 1];
   const int64_t act_group = activation_group(a.group_size), act_groups = (a.K + act_group - 1) / act_group;
   const int64_t weight_groups = a.K / a.group_size, block_bytes = padded_k(a.K) * kBlockRows * a.bits / 8;
+  const int64_t tokens = of_pass.count;
   const bool many = tokens > kUnpackTokens;
   const bool has_offset = a.minimum != nullptr || a.zero != kCenter<kBits>;
-  for (int64_t k = 0; k < a.K; k += kInt8Segment) {
-    const int64_t count = a.K - k < kInt8Segment ? a.K - k : kInt8Segment;
+  const int64_t segment = int8_segment(a.K);
+  for (int64_t k = 0; k < a.K; k += segment) {
+    const int64_t count = a.K - k < segment ? a.K - k : segment;
     const int64_t num_groups = (count + act_group - 1) / act_group;
     for (int64_t g = 0; g < num_groups; ++g) {
       for (int64_t b = 0; b < kBlocks; ++b) {
@@ -403,9 +414,9 @@ void multiply_some(const QuantMatmulArgs& a, const int8_t* x, const ActivationGr
     Segment s;
     s.weights = a.data + block * block_bytes + k * kBlockRows * a.bits / 8;
     s.block_stride = block_bytes;
-    s.x_stride = kInt8Segment * kBytes;
-    s.x = x + k * tokens * kBytes;
-    s.group = groups + k / act_group;
+    s.x_stride = segment * kBytes;
+    s.x = of_pass.x + k / segment * of_pass.segment_bytes;
+    s.group = of_pass.groups + k / act_group;
     s.group_stride = act_groups;
     s.scale = scale;
     s.offset = has_offset ? offset : nullptr;
@@ -413,20 +424,20 @@ void multiply_some(const QuantMatmulArgs& a, const int8_t* x, const ActivationGr
     s.units_a_group = act_group / kUnitColumns<kBits>;
     s.sums = sums;
     s.first = k == 0;
-    s.last = k + kInt8Segment >= a.K;
+    s.last = k + segment >= a.K;
     s.args = &a;
-    s.token = first_token;
+    s.token = of_pass.first;
     s.block = block;
     s.ahead = {};
     if constexpr (kBlocks > 1) {
-      const int64_t segment_bytes = kInt8Segment * kBlockRows * a.bits / 8;
+      const int64_t segment_bytes = segment * kBlockRows * a.bits / 8;
       // Behind the last segment stands the next block, which is one of those at work.
       s.ahead.weights = s.weights + (s.last ? block_bytes * kBlocks - k * kBlockRows * a.bits / 8 : segment_bytes);
       s.ahead.lines = (segment_bytes < block_bytes ? segment_bytes : block_bytes) / kLineBytes;
       s.ahead.block_stride = block_bytes;
       if (s.last) {
         const int64_t size = a.dtype == DType::f32 ? 4 : 2;
-        s.ahead.y = static_cast<const char*>(a.y) + (first_token * a.N + block * kBlockRows) * size;
+        s.ahead.y = static_cast<const char*>(a.y) + (of_pass.first * a.N + block * kBlockRows) * size;
         s.ahead.y_stride = a.N * size;
       }
     }
@@ -450,14 +461,13 @@ void multiply_some(const QuantMatmulArgs& a, const int8_t* x, const ActivationGr
 }
 
 template <int kBits>
-void multiply_blocks(const QuantMatmulArgs& a, const int8_t* x, const ActivationGroup* groups, int64_t first,
-                     int64_t tokens, int64_t block, int64_t end) {
+void multiply_blocks(const QuantMatmulArgs& a, const Tokens& tokens, int64_t block, int64_t end) {
   if constexpr (kWideBlocks > 1) {
-    for (; tokens > kUnpackTokens && block + kWideBlocks <= end; block += kWideBlocks) {
-      multiply_some<kBits, kWideBlocks>(a, x, groups, first, tokens, block);
+    for (; tokens.count > kUnpackTokens && block + kWideBlocks <= end; block += kWideBlocks) {
+      multiply_some<kBits, kWideBlocks>(a, tokens, block);
     }
   }
-  for (; block < end; ++block) multiply_some<kBits, 1>(a, x, groups, first, tokens, block);
+  for (; block < end; ++block) multiply_some<kBits, 1>(a, tokens, block);
 }
 
 template <int kBits>
@@ -466,22 +476,33 @@ void multiply(const QuantMatmulArgs& a) {
   const int64_t blocks = (a.N + kBlockRows - 1) / kBlockRows;
   for (int64_t first = 0; first < a.M; first += kMaxTokens) {
     const int64_t tokens = a.M - first < kMaxTokens ? a.M - first : kMaxTokens;
-    // x: (segments, tokens, kInt8Segment) integers, then (tokens, groups) scales.
+    // x: (segments, tokens, columns of a segment) integers, then (tokens, groups) scales.
     constexpr int kBytes = kWideActivations<kBits> ? 2 : 1;
-    const int64_t segments = (a.K + kInt8Segment - 1) / kInt8Segment;
+    const int64_t row_bytes = int8_segment(a.K) * kBytes, segment_bytes = tokens * row_bytes;
     int8_t* x = reinterpret_cast<int8_t*>(a.scratch);
-    auto* groups = reinterpret_cast<ActivationGroup*>(a.scratch + segments * tokens * kInt8Segment * kBytes);
+    auto* groups = reinterpret_cast<ActivationGroup*>(a.scratch + tokens * round_up(a.K, int8_segment(a.K)) * kBytes);
     parallel_for(tokens, 1 + 16384 / a.K, a.threads, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        quantize_token<kBits>(a, first + t, act_group, x + t * kInt8Segment * kBytes, tokens * kInt8Segment * kBytes,
-                              groups + t * act_groups);
+        quantize_token<kBits>(a, first + t, act_group, x + t * row_bytes, segment_bytes, groups + t * act_groups);
       }
     });
-    const int64_t block_work = padded_k(a.K) * a.bits * 2 * (tokens < 8 ? 1 : tokens / 4);
+    // Many tokens are divided among the threads: what a norm or a gate wrote and will read of a token is then in the
+    // caches of the thread that multiplies it. Unpacking weights once for each part costs 1/100 of its products.
+    int64_t parts = tokens / kPartTokens < a.threads ? tokens / kPartTokens : a.threads;
+    if (parts < 1) parts = 1;
+    const int64_t part = (tokens + parts * kWideTile - 1) / (parts * kWideTile) * kWideTile;
+    const int64_t block_work = padded_k(a.K) * a.bits * 2 * (part < 8 ? 1 : part / 4);
     // In steps of the widest tile, so that no chunk ends with half of one.
     const int64_t step = tokens > kUnpackTokens ? kWideBlocks : 1, steps = (blocks + step - 1) / step;
-    parallel_for(steps, 1 + 16384 / (block_work * step), a.threads, [&](int64_t begin, int64_t end) {
-      multiply_blocks<kBits>(a, x, groups, first, tokens, begin * step, end * step < blocks ? end * step : blocks);
+    parallel_for(parts * steps, 1 + 16384 / (block_work * step), a.threads, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t p = begin / steps, from = begin - p * steps, left = from + (end - begin);
+        const int64_t to = left < steps ? left : steps, t = p * part;
+        const Tokens these = {x + t * row_bytes, groups + t * act_groups, segment_bytes, first + t,
+                              p < parts - 1 ? part : tokens - t};
+        multiply_blocks<kBits>(a, these, from * step, to * step < blocks ? to * step : blocks);
+        begin += to - from;
+      }
     });
   }
 }

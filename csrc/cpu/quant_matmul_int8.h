@@ -5,7 +5,12 @@
 namespace fastllm::cpu {
 
 // Columns of K that are quantised, and summed, before the sums join the total: bounds the error and what L1 must hold.
-inline constexpr int64_t kInt8Segment = 512;
+inline constexpr int64_t kMaxSegment = 640;
+// K in equal segments of whole groups of activations, the last one shorter at most.
+static inline int64_t int8_segment(int64_t K) {
+  const int64_t segments = (K + kMaxSegment - 1) / kMaxSegment;
+  return round_up((K + segments - 1) / segments, 128);
+}
 
 // One group of one token's activations.
 struct ActivationGroup {
@@ -21,8 +26,8 @@ static inline int64_t activation_group(int64_t group_size) {
 
 // Bytes of scratch for M tokens: up to two bytes an activation, whole segments.
 static inline int64_t quant_matmul_int8_scratch(int64_t M, int64_t K) {
-  const int64_t tokens = M < kMaxTokens ? M : kMaxTokens, segments = (K + kInt8Segment - 1) / kInt8Segment;
-  return tokens * segments * kInt8Segment * 2 +
+  const int64_t tokens = M < kMaxTokens ? M : kMaxTokens;
+  return tokens * round_up(K, int8_segment(K)) * 2 +
          round_up(tokens * ((K + 31) / 32) * static_cast<int64_t>(sizeof(ActivationGroup)), kLineBytes);
 }
 

@@ -24,7 +24,6 @@ from .loaders import ModelConfig
 
 __all__ = ["Layer", "Llama", "Weights"]
 
-WIDEST_ACTIVATION = 4 << 20  # bytes, of a prompt's tokens
 KEPT_CACHE = 256 << 20  # bytes, at most, of a used cache that waits for the next one
 
 Weight = Tensor | QuantizedTensor  # (N, K)
@@ -90,12 +89,10 @@ class Llama:
 
     @property
     def prefill_tokens(self) -> int:
-        """Tokens of a prompt that go through the model at once. On a CPU enough to keep the matrix kernels busy and Python out of the
-        way (a call costs tens of microseconds there, once weights have gone through the caches), few enough that the widest
-        activation stays within 4 MiB. A GPU needs more to be busy."""
-        if self.device.type != "cpu":
-            return 2048
-        return min(256, max(128, WIDEST_ACTIVATION // (2 * self.config.intermediate_size * self.dtype.itemsize) // 64 * 64))
+        """Tokens of a prompt that go through the model at once. On a CPU as many as the matrix kernels take in one pass over the
+        weights: with fewer, unpacking weights and calling kernels from Python (tens of microseconds each, once weights have gone
+        through the caches) would show; more would not fit the caches. A GPU needs more to be busy."""
+        return 256 if self.device.type == "cpu" else 2048
 
     @property
     def device(self) -> torch.device:
