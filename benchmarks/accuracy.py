@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py [MODEL] [--tokens 2048] [--json FILE]
 
-The same stored weights every time. Each row is compared with float activations and an fp32 cache, which `fastllm demo` compares with
+The same stored weights every time; "rows" has them rounded again, to int8 with a scale a row, in bf16. Each row is compared with float activations and an fp32 cache, which `fastllm demo` compares with
 transformers in fp32. The text is fastllm/data/factbook.txt, in independent windows of 512 tokens.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -21,10 +22,27 @@ import fastllm
 from fastllm.backends import info
 from fastllm.evaluation.quality import agreement, losses_of, perplexity, windows
 from fastllm.measure.report import write_json
+from fastllm.models.llama import Llama
 from fastllm.models.real_model import find
+from fastllm.quant import QuantizedTensor, quantize
 
 CACHES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 WINDOW = 512
+
+
+def int8_rows(llama: Llama) -> Llama:
+    """What ``fastllm.load(..., dtype=torch.bfloat16, weights="int8", head="int8", group_size=-1)`` makes of float weights."""
+
+    def rounded(weight):
+        if isinstance(weight, QuantizedTensor):
+            return quantize(weight.dequantize(torch.float32), 8, -1).pack()
+        return weight if weight is None else weight.to(torch.bfloat16)
+
+    def all_of(values):
+        return replace(values, **{f.name: rounded(getattr(values, f.name)) for f in fields(values) if f.name != "layers"})
+
+    weights = replace(all_of(llama.weights), layers=[all_of(layer) for layer in llama.weights.layers])
+    return Llama(llama.config, weights, llama.rope, dtype=torch.bfloat16)
 
 
 def main() -> None:
@@ -39,24 +57,29 @@ def main() -> None:
     texts = windows(model.tokenizer.encode(text, add_special_tokens=False), WINDOW, options.tokens)
     trusted = [model.logits(ids)[0] for ids in texts]
     rows = []
-    print(f"{'activations':<14}{'cache':<10}{'perplexity':>11}{'mean KL, nats':>15}{'top-1':>9}{'worst logit':>13}")
-    for activations in ("float", "int8"):
-        for cache in CACHES:
-            model.llama.activations, model.llama.cache_dtype = activations, cache
-            ours = [model.logits(ids)[0] for ids in texts]
-            rest = iter(ours)
-            found = {
-                "activations": activations,
-                "cache": str(cache).removeprefix("torch."),
-                "perplexity": perplexity(losses_of(lambda ids, rest=rest: next(rest)[None]), texts),
-                **agreement(iter(trusted), iter(ours)).as_dict(),
-            }
-            rows.append(found)
-            print(
-                f"{activations:<14}{found['cache']:<10}{found['perplexity']:>11.3f}{found['mean_kl']:>15.1e}"
-                f"{found['top1']:>9.2%}{found['max_logit_error']:>13.3f}",
-                flush=True,
-            )
+    stored, again = model.llama, int8_rows(model.llama)
+    modes = [("stored", activations, cache) for activations in ("float", "int8") for cache in CACHES]
+    print(
+        f"{'weights':<9}{'activations':<14}{'cache':<10}{'perplexity':>11}{'mean KL, nats':>15}{'top-1':>9}{'worst logit':>13}"
+    )
+    for weights, activations, cache in [*modes, ("rows", "int8", torch.bfloat16)]:
+        model.llama = stored if weights == "stored" else again
+        model.llama.activations, model.llama.cache_dtype = activations, cache
+        ours = [model.logits(ids)[0].float() for ids in texts]
+        rest = iter(ours)
+        found = {
+            "weights": weights,
+            "activations": activations,
+            "cache": str(cache).removeprefix("torch."),
+            "perplexity": perplexity(losses_of(lambda ids, rest=rest: next(rest)[None]), texts),
+            **agreement(iter(trusted), iter(ours)).as_dict(),
+        }
+        rows.append(found)
+        print(
+            f"{weights:<9}{activations:<14}{found['cache']:<10}{found['perplexity']:>11.3f}{found['mean_kl']:>15.1e}"
+            f"{found['top1']:>9.2%}{found['max_logit_error']:>13.3f}",
+            flush=True,
+        )
     if options.json:
         kept = {"model": path.name, "tokens": options.tokens, "window": WINDOW, "rows": rows}
         write_json(options.json, {**kept, "machine": info()})

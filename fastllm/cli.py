@@ -262,7 +262,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 
 def _limits(args: argparse.Namespace) -> int:
-    from .measure.limits import cache_file, caches, limits
+    from .measure.limits import cache_file, caches, limits, round_trip
     from .measure.report import print_table, progress
     from .measure.verify import checked_isas
 
@@ -276,7 +276,8 @@ def _limits(args: argparse.Namespace) -> int:
             for count in counts:
                 step(f"{isa or ''} {count} threads")
                 found.append(limits(isa, count, fresh=args.fresh))
-    if not _json(args.json, {"limits": [asdict(one) for one in found], "machine": info()}):
+    trip = round_trip()
+    if not _json(args.json, {"limits": [asdict(one) for one in found], "round_trip_ns": trip, "machine": info()}):
         names = ("memory", "l3", "l2")
         headings = [f"{what} {name}" for what in ("read", "copy") for name in names]
         columns = ("isa", "threads", *headings, "fp32", "int8", "int4", "bf16")
@@ -284,6 +285,8 @@ def _limits(args: argparse.Namespace) -> int:
         here = caches()
         title = f"{info()['processor']}, L2 {here.l2 >> 10} KiB a core, L3 {here.l3 >> 20} MiB: GB/s, GFLOP/s, GOP/s"
         print_table(title, columns, cells)
+        if trip is not None:
+            print(f"A cache line to another core and back now: {trip:.0f} ns (cores that share an L3: some 150 at most).")
         print(f"Kept in {cache_file()}; --fresh measures again.")
     return 0
 

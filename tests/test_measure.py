@@ -247,6 +247,25 @@ def test_the_loops_do_what_they_are_counted_for(isa):
 
 
 @needs_cpu_kernels
+def test_limits_of_the_moment_are_not_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(limits, "_measured", {})
+    monkeypatch.setattr(limits, "_measure", lambda *_: LIMITS)
+    assert limits.limits_now(1, 0.1) is LIMITS
+    assert not limits._measured
+    assert not limits.cache_file().exists()
+
+
+@needs_cpu_kernels
+def test_a_round_trip_takes_two_cores(monkeypatch):
+    trip = limits.round_trip()
+    if trip is not None:
+        assert 1 < trip < 20e6  # ns: a cycle, and all the time there was
+    monkeypatch.setattr(limits.os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    assert limits.round_trip() is None
+
+
+@needs_cpu_kernels
 def test_limits_refuse_what_is_not_there():
     with pytest.raises(ValueError, match="limits: isa is 'sse'"):
         limits.limits("sse")

@@ -172,6 +172,33 @@ def test_quantising_at_load_degrades_in_the_order_it_should(weights, activations
     assert 0 < found.rms_logit_error <= 1.2 * int4.rms_logit_error
 
 
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # with a head of its own, and tied
+def test_a_head_of_int8(name, group_size, tmp_path):
+    from fastllm.generation.decode import DecodeStep
+    from fastllm.quant import QuantizedTensor
+
+    save(ARCHITECTURES[name], tmp_path)
+    options = {"weights": "int8", "group_size": group_size, "activations": "int8"}
+    exact, ours = fastllm.load(tmp_path), fastllm.load(tmp_path, head="int8", **options)
+    w = ours.llama.weights
+    for table in (w.embedding, w.head):
+        assert isinstance(table, QuantizedTensor)
+        assert (table.bits, table.group_size) == (8, group_size if group_size > 0 else ours.config.hidden_size)
+    assert (w.head is w.embedding) == ours.config.tie_embeddings
+    assert not isinstance(fastllm.load(tmp_path, **options).llama.weights.head, QuantizedTensor)
+    ids = ids_of(2, 61)
+    found = agreement(iter(exact.logits(ids)), iter(ours.logits(ids)))
+    int4 = agreement(iter(exact.logits(ids)), iter(fastllm.load(tmp_path, weights="int4", group_size=32).logits(ids)))
+    assert 0 < found.rms_logit_error < int4.rms_logit_error
+    with torch.inference_mode():
+        step = DecodeStep(ours.llama, ours.llama.new_cache(1, 8))
+        step([5])
+    assert step._replay is not None  # no product is PyTorch's any more
+    with pytest.raises(ValueError, match="load: head is 'int4', expected None or 'int8'"):
+        fastllm.load(tmp_path, head="int4")
+
+
 @pytest.mark.parametrize("weights", [None, "int8", "int4"])
 def test_matrices_are_read_in_pieces(weights, tmp_path, monkeypatch):
     """A model takes its own memory while it is loaded, and that of a piece: no matrix is ever held twice."""
@@ -405,6 +432,10 @@ def test_a_cache_that_is_given_back_is_the_next_one(cache_dtype, tmp_path, monke
         others.append(llama.new_cache(batch, capacity))
         assert (others[-1].batch, others[-1].capacity) == (batch, capacity)
         assert memory(others[-1]) != memory(others[-2])
+    llama.give_back(others[-1])
+    llama.cache_dtype = torch.float16
+    others.append(llama.new_cache(2, 61))
+    assert others[-1].dtype == torch.float16
     monkeypatch.setattr(module, "KEPT_CACHE", others[-1].nbytes - 1)
     llama.give_back(others[-1])
     assert not llama._used_cache

@@ -154,9 +154,12 @@ def answer(prefill: float, decode: float, others: float = 0.0) -> dict:
 def test_a_disturbed_run_is_repeated_and_the_quietest_kept(monkeypatch):
     monkeypatch.setattr(run, "wait_until_idle", lambda patience: None)
     noise = iter([0.5, 0.01, 0.0])
-    assert run.undisturbed(lambda: answer(1, 1, next(noise)), 1)["others_cpu"] == 0.01
+    machine = iter({"read_memory": float(n)} for n in range(20))
+    quiet = run.undisturbed(lambda: answer(1, 1, next(noise)), lambda: next(machine), 1)
+    assert quiet["others_cpu"] == 0.01
+    assert quiet["machine"] == [{"read_memory": 2.0}, {"read_memory": 3.0}]
     noise = iter([0.5, 0.3, 0.4])
-    assert run.undisturbed(lambda: answer(1, 1, next(noise)), 1)["others_cpu"] == 0.3
+    assert run.undisturbed(lambda: answer(1, 1, next(noise)), lambda: next(machine), 1)["others_cpu"] == 0.3
 
 
 @pytest.fixture
@@ -204,6 +207,17 @@ def test_shares_are_of_the_weights_read_and_multiplied(played):
     rows = {row["work"]: row for row in report.summarise(played, LIMITS) if row["rival"] == "fastllm"}
     assert rows["decode at 128"]["share"] == pytest.approx(40 * weights * 18 / 32 / 20e9)
     assert rows["prefill 512"]["share"] == pytest.approx(150 * 2 * (shape.layer_weights + shape.head_weights / 512) / 500e9)
+
+
+def test_shares_are_of_what_the_machine_gave_then(played):
+    for record, bandwidths in zip((r for r in played if r["rival"] == "fastllm"), ((8.0, 12.0), (None, 7.0))):
+        record["machine"] = [{"read_memory": b, "round_trip": 100.0} for b in bandwidths]
+    row = next(r for r in report.summarise(played, LIMITS) if r["work"] == "decode at 128" and r["rival"] == "fastllm")
+    shape = common.SHAPES["1b"]
+    read = (shape.layer_weights + shape.head_weights) * 18 / 32
+    assert row["share"] == pytest.approx((30 * read / 10e9 + 50 * read / 20e9) / 2)  # where nothing was measured, of LIMITS
+    assert row["share_of_best"] == pytest.approx(40 * read / 20e9)
+    assert row["round_trips"] == [100.0, 100.0]
 
 
 def test_who_fails_has_a_row_with_the_reason_and_is_asked_once(played):

@@ -1,8 +1,8 @@
-"""fastllm itself, from the checkout, over the GGUF files."""
+"""fastllm itself, from the checkout: over the GGUF files, and with int8 rows of its own rounding."""
 
 from __future__ import annotations
 
-from .common import Q4_0_BYTES, Q8_0_BYTES, Job, Tick, Variant, main
+from .common import Q4_0_BYTES, Q8_0_BYTES, Job, Tick, Variant, files_size, main
 
 NAME, ENVIRONMENT = "fastllm", None  # None: the Python that runs the harness
 VARIANTS = {
@@ -17,6 +17,15 @@ VARIANTS = {
     for form, bits, size in (("q4_0", 4, Q4_0_BYTES), ("q8_0", 8, Q8_0_BYTES))
     for activations in ("int8", "float")
 }
+# What CTranslate2's and OpenVINO's int8 are: a scale a row.
+VARIANTS["int8_rows"] = Variant(
+    source="hf",
+    weights="int8, a scale a row; int8 activations, else bf16",
+    bits=8,
+    layer_bytes=1.0,
+    head_bytes=1.0,
+    settings={"activations": "int8", "weights": "int8", "head": "int8", "group_size": -1},
+)
 
 
 class FastLLM:
@@ -28,9 +37,11 @@ class FastLLM:
         torch.set_num_threads(job.threads)
         torch.set_grad_enabled(False)
         variant = VARIANTS[job.variant]
-        path = job.model / f"{variant.source}.gguf"
-        self.weights_bytes = path.stat().st_size
-        self.llama = fastllm.load(path, context=job.capacity, cache_dtype=torch.float16, **variant.settings).llama
+        stored = variant.source != "hf"
+        path = job.model / (f"{variant.source}.gguf" if stored else "hf")
+        self.weights_bytes = path.stat().st_size if stored else files_size(path, "*.safetensors")
+        dtypes = {"cache_dtype": torch.float16} if stored else {"dtype": torch.bfloat16}
+        self.llama = fastllm.load(path, context=job.capacity, **dtypes, **variant.settings).llama
 
     def generate(self, prompts: list[list[int]], new_tokens: int, tick: Tick) -> list[list[int]]:
         from fastllm.generation.decode import DecodeStep

@@ -31,7 +31,8 @@ PLACE = re.compile(r"(?P<start><!-- rivals(?P<all>: all)? -->\n).*?(?P<end><!-- 
 
 
 def summarise(records: Sequence[dict[str, Any]], limits: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a contestant and work: median and extremes over the rounds, ratios to the best rival, share of the limit."""
+    """One row a contestant and work: median and extremes over the rounds, ratios to the best rival, share of the limit: of what
+    the machine gave just before and after each run, where that was measured, else of ``limits``."""
     groups: dict[tuple[str, ...], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for record in records:
         for work in record["works"]:
@@ -46,7 +47,10 @@ def summarise(records: Sequence[dict[str, Any]], limits: dict[str, Any]) -> list
         if rates:
             median = statistics.median(rates.values())
             row |= {"tok_s": median, "min": min(rates.values()), "max": max(rates.values())}
-            row["share"] = share(first, work, median, limits)
+            of_rounds = [share(first, work, done["tok_s"], limits | now(record)) for record, done in runs if "tok_s" in done]
+            row["share"] = statistics.median(of_rounds)
+            row["share_of_best"] = share(first, work, median, limits)
+            row["round_trips"] = [trip for record, _ in runs if (trip := now(record).get("round_trip"))]
             row["peak_rss_mib"] = statistics.median(done["peak_rss_mib"] for _, done in runs if "tok_s" in done)
             row["weights_bytes"] = first["weights_bytes"]
             row["first_tokens"] = runs[0][1]["first_tokens"]
@@ -59,6 +63,12 @@ def summarise(records: Sequence[dict[str, Any]], limits: dict[str, Any]) -> list
         row["vs_best"] = ratio_to_best(row, peers)
         row["vs_best_same_bits"] = ratio_to_best(row, [peer for peer in peers if peer["bits"] == row["bits"]])
     return rows
+
+
+def now(record: dict[str, Any]) -> dict[str, float]:
+    """What the machine gave around a run: means of before and after."""
+    before, after = record.get("machine", ({}, {}))
+    return {key: (value + after[key]) / 2 for key, value in before.items() if value is not None and after[key] is not None}
 
 
 def ratio_to_best(row: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> float | None:
@@ -93,7 +103,8 @@ def tables(results: dict[str, Any], plots: str | None) -> str:
     parts = [
         f"{results['machine']['processor']} ({limits['isa']}), {results['threads']} threads, {results['date']}, commit "
         f"{results['commit']}. Measured limits: {limits['read_memory']:.1f} GB/s "
-        f"read from memory, {limits['int8']:.0f} GOP/s int8 dot products, {limits['int4']:.0f} of bytes by 4 bits. Random weights in the models' shapes."
+        f"read from memory, {limits['int8']:.0f} GOP/s int8 dot products, {limits['int4']:.0f} of bytes by 4 bits at best; "
+        "shares are of what the machine gave just before and after each run. Random weights in the models' shapes."
     ]
     for shape in dict.fromkeys(row["shape"] for row in rows):
         title = SHAPES[shape].title

@@ -24,7 +24,7 @@ import torch
 
 from fastllm.backends import info
 from fastllm.measure.bench import commit
-from fastllm.measure.limits import Limits, limits
+from fastllm.measure.limits import Limits, limits, limits_now, round_trip
 from fastllm.measure.report import write_json
 
 from . import environments, make_models
@@ -113,14 +113,25 @@ def wait_until_idle(patience: float) -> None:
             return
 
 
-def undisturbed(run: Callable[[], dict[str, Any]], patience: float) -> dict[str, Any]:
-    """The run, repeated while others disturb it; the least disturbed one if all are. Without patience: as it comes."""
+def machine_now(threads: int) -> dict[str, float | None]:
+    """What a row's share is of. Between two runs of one morning it was seen to double: see ``limits_now``."""
+    now = limits_now(threads, seconds=0.5)
+    return {"read_memory": now.read_memory, "int8": now.int8, "int4": now.int4, "round_trip": round_trip()}
+
+
+def undisturbed(
+    run: Callable[[], dict[str, Any]], machine: Callable[[], dict[str, float | None]], patience: float
+) -> dict[str, Any]:
+    """The run, repeated while others disturb it; the least disturbed one if all are. Without patience: as it comes. With what
+    ``machine`` said just before and just after it."""
     attempts: list[dict[str, Any]] = []
     for _ in range(ATTEMPTS if patience else 1):
         wait_until_idle(patience)
+        before = machine()
         answer = run()
         if "error" in answer:
             return answer
+        answer["machine"] = [before, machine()]
         answer["others_cpu"] = max(work["others_cpu"] for work in answer["works"])
         attempts.append(answer)
         if answer["others_cpu"] < DISTURBED:
@@ -217,7 +228,7 @@ def main() -> None:
     def run(entry: Entry) -> dict[str, Any]:
         if entry in refused:
             return {"error": refused[entry]}
-        return undisturbed(lambda: entry.run(options.threads), options.patience)
+        return undisturbed(lambda: entry.run(options.threads), lambda: machine_now(options.threads), options.patience)
 
     records = play(contestants, options.rounds, run, save)
     # Again: a limit is the best that was seen, and a neighbour may have had the machine the first time.

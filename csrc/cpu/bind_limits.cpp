@@ -2,6 +2,7 @@
 
 #include "bindings.h"
 #include "limits.h"
+#include "parallel.h"
 
 namespace fastllm::cpu {
 
@@ -50,6 +51,8 @@ void bind_limits(py::module_& m) {
       "(name, from, to, tiles, repeats): runs the loop of one limit on from.shape[0] threads, each with a row of its "
       "own;\n"
       "returns the bytes moved or operations done, 0 where the rung in force has no such instruction");
+  m.def("round_trip", &round_trip, py::call_guard<py::gil_scoped_release>(),
+        "(seconds): seconds that a cache line takes to another core and back, the best of many trips; needs two cores");
 }
 
 }  // namespace fastllm::cpu

@@ -8,6 +8,7 @@
 #include "parallel.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
@@ -250,6 +251,35 @@ void run_chunks(int64_t count, int64_t grain, int threads, void (*body)(void*, i
   } else {
     pool().run(job, threads);
   }
+}
+
+double round_trip(double seconds) {
+  struct alignas(128) {
+    std::atomic<int> ball{0};
+  } line;
+  constexpr int kStop = 2, kTrips = 500;
+  std::thread partner([&] {
+    for (int seen; (seen = line.ball.load(std::memory_order_acquire)) != kStop;) {
+      if (seen == 1) line.ball.store(0, std::memory_order_release);
+    }
+  });
+  using Clock = std::chrono::steady_clock;
+  const auto end = Clock::now() + std::chrono::duration<double>(seconds);
+  double best = seconds;
+  for (auto start = Clock::now(); start < end;) {
+    for (int i = 0; i < kTrips; ++i) {
+      line.ball.store(1, std::memory_order_release);
+      while (line.ball.load(std::memory_order_acquire) != 0) {
+      }
+    }
+    const auto now = Clock::now();
+    const double took = std::chrono::duration<double>(now - start).count() / kTrips;
+    best = took < best ? took : best;
+    start = now;
+  }
+  line.ball.store(kStop, std::memory_order_release);
+  partner.join();
+  return best;
 }
 
 OnPool::OnPool() : before_(on_pool) { on_pool = true; }

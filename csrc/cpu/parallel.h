@@ -49,6 +49,10 @@ class OnPool {
   bool before_;
 };
 
+// Seconds that a cache line takes to another thread's core and back, the best of many trips in about `seconds`. Both
+// threads spin: it needs two cores.
+double round_trip(double seconds);
+
 // Which threads serve: "openmp" (the OpenMP runtime that PyTorch has loaded) or "pool" (our own).
 const char* thread_runtime();
 // Chooses one by name; false if this process does not have it.

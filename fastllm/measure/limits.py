@@ -23,7 +23,7 @@ from ..errors import value_error
 from ..pages import HugePages
 from .report import write_json
 
-__all__ = ["Caches", "GpuLimits", "Limits", "cache_file", "caches", "gpu_limits", "limits"]
+__all__ = ["Caches", "GpuLimits", "Limits", "cache_file", "caches", "gpu_limits", "limits", "limits_now", "round_trip"]
 
 
 # ---------------------------------------------------------------- the machine's caches
@@ -147,6 +147,28 @@ def limits(isa: str | None = None, threads: int | None = None, fresh: bool = Fal
         cache_file().parent.mkdir(parents=True, exist_ok=True)
         write_json(cache_file(), {**_kept(), key: asdict(found)})
     return found
+
+
+def limits_now(threads: int, seconds: float) -> Limits:
+    """The limits of the rung in force at this moment, measured in about ``seconds`` and not kept.
+
+    A virtual machine's are not the same all day: its host moves its cores about, and has other guests. Two cores that share an L3
+    share its way to memory; apart they have two (``round_trip`` tells).
+
+    Raises: NotImplementedError without the compiled module.
+    """
+    module = cpu_module()
+    if module is None:
+        raise NotImplementedError(f"limits: {info()['cpu']}")
+    return _measure(module, module.active_isa(), threads, seconds)
+
+
+def round_trip() -> float | None:
+    """Nanoseconds that a cache line takes to another core and back, the best of many trips in some 20 ms: within one L3 tens to some
+    150, between two several hundred. None where this process has one core, or the compiled module is missing."""
+    module = cpu_module()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return None if module is None or cores < 2 else module.round_trip(0.02) * 1e9
 
 
 def _kept() -> dict[str, Any]:

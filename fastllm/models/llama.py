@@ -105,7 +105,7 @@ class Llama:
         with torch.inference_mode(False):  # a cache may outlive the mode, and what is made in it can't be written to outside
             with contextlib.suppress(IndexError):
                 used = self._used_cache.pop()
-                if used.batch == batch and used.capacity >= capacity:
+                if (used.batch, used.dtype) == (batch, self.cache_dtype) and used.capacity >= capacity:
                     return used.emptied(capacity)
             return KVCache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, self.cache_dtype, self.device)
 

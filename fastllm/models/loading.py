@@ -31,6 +31,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     weights: str | None = None,
+    head: str | None = None,
     group_size: int = 64,
     activations: str = "float",
     cache_dtype: torch.dtype | None = None,
@@ -44,8 +45,10 @@ def load(
             (config.json, safetensors, tokenizer.json).
         dtype: of activations and float weights: fp32|bf16|fp16; default: fp32 for a GGUF file or quantised weights, else
             the stored dtype.
-        weights: None keeps what is stored; "int8" or "int4" quantises float matrices (not the embedding and head).
-        group_size: of that quantisation: 32, 64, 128, or -1 for whole rows.
+        weights: None keeps what is stored; "int8" or "int4" quantises the layers' float matrices.
+        head: None keeps what is stored; "int8" quantises a float head and embedding, which are one matrix in many models. It is a
+            large part of what a small model reads for each token.
+        group_size: of these quantisations: 32, 64, 128, or -1 for whole rows.
         activations: "float", or "int8": quantised matrices then see their input rounded to int8, which is faster.
         cache_dtype: of keys and values: default dtype; bf16|fp16 with an fp32 dtype; or int8, with a scale for each token and head.
         context: most tokens in a sequence; default: the model's own, at most 8192.
@@ -59,6 +62,8 @@ def load(
         raise value_error("load", "activations", activations, "'float' or 'int8'")
     if weights not in (None, "int8", "int4"):
         raise value_error("load", "weights", weights, "None, 'int8' or 'int4'")
+    if head not in (None, "int8"):
+        raise value_error("load", "head", head, "None or 'int8'")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise dtype_error("load", "dtype", dtype, "torch.float32, torch.bfloat16 or torch.float16")
     if cache_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.int8):
@@ -78,8 +83,8 @@ def load(
             )
     tokenizer = _tokenizer(checkpoint)
     _give_back_freed_memory()  # what a tokenizer needs for a moment, before the weights come
-    bits = {None: None, "int8": 8, "int4": 4}[weights]
-    builder = _Builder(checkpoint.tensors, config, dtype, bits, group_size, device)
+    bits = {None: None, "int8": 8, "int4": 4}
+    builder = _Builder(checkpoint.tensors, config, dtype, bits[weights], bits[head], group_size, device)
     model_weights = builder.weights()
     tables = rope_tables(
         head_dim=config.head_dim,
@@ -146,10 +151,12 @@ class _Builder:
         config: ModelConfig,
         dtype: torch.dtype | None,
         bits: int | None,
+        head_bits: int | None,
         group_size: int,
         device: torch.device,
     ) -> None:
-        self.tensors, self.config, self.bits, self.group_size, self.device = tensors, config, bits, group_size, device
+        self.tensors, self.config, self.group_size, self.device = tensors, config, group_size, device
+        self.bits, self.head_bits = bits, head_bits
         self.memory = HugePages()  # of all packed matrices
         if dtype is None:
             stored = tensors.rows("model.layers.0.self_attn.o_proj.weight", 0, 1)
@@ -158,26 +165,26 @@ class _Builder:
         self.dtype = dtype
 
     def weights(self) -> Weights:
-        embedding = self.matrix("model.embed_tokens", quantise=False)
+        embedding = self.matrix("model.embed_tokens", bits=self.head_bits)
         return Weights(
             embedding=embedding,
             layers=[self.layer(f"model.layers.{i}.") for i in range(self.config.num_layers)],
             norm=self.vector("model.norm.weight"),
-            head=embedding if self.config.tie_embeddings else self.matrix("lm_head", quantise=False),
+            head=embedding if self.config.tie_embeddings else self.matrix("lm_head", bits=self.head_bits),
         )
 
     def layer(self, at: str) -> Layer:
         qkv = [f"{at}self_attn.{name}_proj" for name in "qkv"]
         return Layer(
             attention_norm=self.vector(at + "input_layernorm.weight"),
-            qkv=self.matrix(*qkv),
+            qkv=self.matrix(*qkv, bits=self.bits),
             qkv_bias=torch.cat([self.vector(n + ".bias") for n in qkv]) if self.config.qkv_bias else None,
             q_norm=self.vector(at + "self_attn.q_norm.weight") if self.config.qk_norm else None,
             k_norm=self.vector(at + "self_attn.k_norm.weight") if self.config.qk_norm else None,
-            o=self.matrix(at + "self_attn.o_proj"),
+            o=self.matrix(at + "self_attn.o_proj", bits=self.bits),
             mlp_norm=self.vector(at + "post_attention_layernorm.weight"),
-            gate_up=self.matrix(at + "mlp.gate_proj", at + "mlp.up_proj"),
-            down=self.matrix(at + "mlp.down_proj"),
+            gate_up=self.matrix(at + "mlp.gate_proj", at + "mlp.up_proj", bits=self.bits),
+            down=self.matrix(at + "mlp.down_proj", bits=self.bits),
         )
 
     def vector(self, name: str) -> Tensor:
@@ -186,17 +193,18 @@ class _Builder:
             raise ValueError(f"load: {name} is quantised, expected a float vector")
         return value.to(self.device, self.dtype)
 
-    def matrix(self, *names: str, quantise: bool = True) -> Weight:
-        """The matrices' rows one below the other, packed if quantised. They are read and converted piece by piece."""
+    def matrix(self, *names: str, bits: int | None) -> Weight:
+        """The matrices' rows one below the other, packed if quantised, as float ones are where ``bits`` are given. They are read and
+        converted piece by piece."""
         names = tuple(f"{name}.weight" for name in names)
         rows = [self.tensors.shapes[name][0] for name in names]
-        pieces = (self.rows(name, *at, quantise) for name, n in zip(names, rows) for at in self.ranges(name, n))
-        first_rows = [self.rows(name, 0, 1, quantise) for name in names]
+        pieces = (self.rows(name, *at, bits) for name, n in zip(names, rows) for at in self.ranges(name, n))
+        first_rows = [self.rows(name, 0, 1, bits) for name in names]
         quantised = [row for row in first_rows if isinstance(row, QuantizedTensor)]
         if len(quantised) == len(names):
             if all(row.alike(quantised[0]) for row in quantised) and not any(n % LINE_ROWS for n in rows[:-1]):
                 return pack_parts(cast(Iterator[QuantizedTensor], pieces), sum(rows), self.memory).to(self.device)
-            whole = [self.rows(name, 0, n, quantise) for name, n in zip(names, rows)]
+            whole = [self.rows(name, 0, n, bits) for name, n in zip(names, rows)]
             return cat_rows(cast(list[QuantizedTensor], whole)).pack(self.memory).to(self.device)
         out = torch.empty((sum(rows), self.tensors.shapes[names[0]][1]), dtype=self.dtype, device=self.device)
         done = 0
@@ -206,12 +214,12 @@ class _Builder:
             done = end
         return out
 
-    def rows(self, name: str, start: int, stop: int, quantise: bool) -> Tensor | QuantizedTensor:
-        """As they are stored; quantised, where that was asked for."""
+    def rows(self, name: str, start: int, stop: int, bits: int | None) -> Tensor | QuantizedTensor:
+        """As they are stored; quantised, where ``bits`` are given."""
         part = self.tensors.rows(name, start, stop)
-        if self.bits is None or not quantise or isinstance(part, QuantizedTensor):
+        if bits is None or isinstance(part, QuantizedTensor):
             return part
-        return quantize(part, self.bits, self.group_size)
+        return quantize(part, bits, self.group_size)
 
     def ranges(self, name: str, rows: int) -> Iterator[tuple[int, int]]:
         """Whole blocks of 16 rows, of about a million weights together: what is held beside the result stays in the cache."""

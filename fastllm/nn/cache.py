@@ -99,6 +99,10 @@ class KVCache:
         return len(self.lengths)
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].keys.dtype
+
+    @property
     def nbytes(self) -> int:
         return sum(t.nbytes for layer in self.layers for t in layer if t is not None)
 

@@ -41,6 +41,35 @@ void many_jobs(int jobs, unsigned seed) {
   }
 }
 
+// Threads that start together take every index once, and alone one first takes its own share.
+void shares(int64_t count, int threads) {
+  std::vector<int64_t> cells(static_cast<size_t>(count), 0);
+  fastllm::cpu::Shares shared(count, threads);
+  std::vector<std::thread> takers;
+  for (int thread = 0; thread < threads; ++thread) {
+    takers.emplace_back([&, thread] {
+      int64_t begin, end;
+      while (shared.take(thread, 1, thread % 2 ? 1 : count, &begin, &end)) {
+        for (int64_t i = begin; i < end; ++i) ++cells[static_cast<size_t>(i)];
+      }
+    });
+  }
+  for (auto& taker : takers) taker.join();
+  for (const int64_t cell : cells) expect(cell == 1, "every index is taken once");
+
+  fastllm::cpu::Shares alone(count, threads);
+  const int last = threads - 1;
+  int64_t begin, end, expected = count * last / threads;
+  while (expected < count && alone.take(last, 1, 3, &begin, &end)) {
+    expect(begin == expected && end - begin <= 3, "a thread's own share comes first, in order");
+    for (int64_t i = begin; i < end; ++i) {
+      expect(alone.mirrored(i) == count * last / threads + count - 1 - i, "mirrored within a share");
+    }
+    expected = end;
+  }
+  expect(alone.take(last, 1, 1, &begin, &end) == (threads > 1 && count >= threads), "then the others'");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -62,5 +91,12 @@ int main(int argc, char** argv) {
     });
   });
   expect(inner == 180, "jobs nest");
+
+  for (const int64_t count : {1, 2, 7, 64, 1000}) {
+    for (const int threads : {1, 2, 3, 8, 100}) {
+      if (threads <= count) shares(count, threads < 64 ? threads : 64);
+    }
+  }
+  expect(fastllm::cpu::round_trip(1e-3) > 0, "a trip takes time");
   std::puts("ok");
 }
