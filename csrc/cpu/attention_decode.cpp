@@ -32,7 +32,8 @@ constexpr int kRows = 4, kChains = 12;
 #endif
 constexpr int64_t kSplit = 128;                 // 32 KiB of K and V at D = 64 in bf16
 constexpr int64_t kWorkerFlops = 1 << 18;       // some microseconds
-constexpr int64_t kAheadKeys = 16;              // asked for before they are wanted
+constexpr int64_t kAheadBytes = 8192;           // of keys, asked for before they are wanted
+constexpr int64_t kLineFloats = 16;             // of a cache line
 constexpr int64_t kRun = kWidth == 1 ? 8 : 32;  // one lane has no other lanes to share a sum with
 constexpr int64_t kScoreRun = kWidth == 1 ? 8 : 16;
 
@@ -79,47 +80,52 @@ FASTLLM_INLINE void score_tile(const float* q, int64_t wide, const T* k, int64_t
   }
 }
 
+// What a split reads: its keys, then its values; then the next split's keys, which stand behind its own. Rows are asked
+// for kAheadBytes before they are wanted, each once, so that memory is as busy in one half of the work as in the other.
 template <typename T>
-FASTLLM_INLINE void prefetch_row(const T* row, int64_t D) {
-  for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d);
+struct Streamed {
+  const T *first, *then;  // `count` rows, and those that follow
+  int64_t stride, then_stride, count, D, ahead;
+};
+template <typename T>
+FASTLLM_INLINE void ask_ahead(const Streamed<T>& rows, int64_t row) {
+  const int64_t at = row + rows.ahead;
+  const T* from = at < rows.count ? rows.first + at * rows.stride : rows.then + (at - rows.count) * rows.then_stride;
+  for (int64_t d = 0; d < rows.D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + d);
 }
 
-// v: the values of the same keys, which are wanted next.
 template <int Rows, typename T>
-void score_rows(const float* q, int64_t wide, const T* k, int64_t k_stride, const T* v, int64_t v_stride, int64_t keys,
-                int64_t D, float* p) {
+void score_rows(const float* q, int64_t wide, const Streamed<T>& k, bool ask, float* p) {
   int64_t s = 0;
   constexpr int kKeys = Rows * 4 <= kChains ? 4 : 2;
-  for (; s + kKeys <= keys; s += kKeys) {
-    for (int j = 0; j < kKeys; ++j) {
-      prefetch_row(k + (s + j + kAheadKeys) * k_stride, D);
-      prefetch_row(v + (s + j) * v_stride, D);
-    }
-    score_tile<Rows, kKeys>(q, wide, k + s * k_stride, k_stride, D, p + s);
+  for (; s + kKeys <= k.count; s += kKeys) {
+    for (int j = 0; ask && j < kKeys; ++j) ask_ahead(k, s + j);
+    score_tile<Rows, kKeys>(q, wide, k.first + s * k.stride, k.stride, k.D, p + s);
   }
-  for (; s < keys; ++s) score_tile<Rows, 1>(q, wide, k + s * k_stride, k_stride, D, p + s);
+  for (; s < k.count; ++s) score_tile<Rows, 1>(q, wide, k.first + s * k.stride, k.stride, k.D, p + s);
 }
 
 // out[r][0 .. Vecs) = sum over s of p[r][s] v[s]. Whole: all lanes count; else only the first `lanes`, of one vector.
 // Runs of kRun products are summed by themselves and then added up: the error of a single chain grows with the keys.
 template <int Rows, int Vecs, bool Whole, typename T>
-FASTLLM_INLINE void output_tile(const float* p, const T* v, int64_t v_stride, int64_t keys, int64_t lanes, float* out,
+FASTLLM_INLINE void output_tile(const float* p, const Streamed<T>& v, int64_t d, int64_t lanes, bool ask, float* out,
                                 int64_t wide) {
-  for (int64_t s0 = 0; s0 < keys; s0 += kRun) {
+  for (int64_t s0 = 0; s0 < v.count; s0 += kRun) {
     vf acc[Rows][Vecs];
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
       for (int j = 0; j < Vecs; ++j) acc[r][j] = zero();
     }
-    const int64_t end = least(s0 + kRun, keys);
+    const int64_t end = least(s0 + kRun, v.count);
     for (int64_t s = s0; s < end; ++s) {
+      if (ask) ask_ahead(v, s);
       vf weight[Rows];
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) weight[r] = set1(p[r * kSplit + s]);
 #pragma GCC unroll 4
       for (int j = 0; j < Vecs; ++j) {
-        const T* at = v + s * v_stride + j * kWidth;
+        const T* at = v.first + s * v.stride + d + j * kWidth;
         const vf value = Whole ? load(at) : load_n(at, lanes);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) acc[r][j] = fmadd(weight[r], value, acc[r][j]);
@@ -137,13 +143,14 @@ FASTLLM_INLINE void output_tile(const float* p, const T* v, int64_t v_stride, in
 }
 
 template <int Rows, typename T>
-void output_rows(const float* p, const T* v, int64_t v_stride, int64_t keys, int64_t D, float* out, int64_t wide) {
+void output_rows(const float* p, const Streamed<T>& v, bool ask, float* out, int64_t wide) {
   int64_t d = 0;
   constexpr int kVecs = Rows * 4 <= kChains ? 4 : 2;
-  for (; d + kVecs * kWidth <= D; d += kVecs * kWidth)
-    output_tile<Rows, kVecs, true>(p, v + d, v_stride, keys, kWidth, out + d, wide);
-  for (; d + kWidth <= D; d += kWidth) output_tile<Rows, 1, true>(p, v + d, v_stride, keys, kWidth, out + d, wide);
-  if (d < D) output_tile<Rows, 1, false>(p, v + d, v_stride, keys, D - d, out + d, wide);
+  for (; d + kVecs * kWidth <= v.D; d += kVecs * kWidth, ask = false)
+    output_tile<Rows, kVecs, true>(p, v, d, kWidth, ask, out + d, wide);
+  for (; d + kWidth <= v.D; d += kWidth, ask = false)
+    output_tile<Rows, 1, true>(p, v, d, kWidth, ask, out + d, wide);
+  if (d < v.D) output_tile<Rows, 1, false>(p, v, d, v.D - d, ask, out + d, wide);
 }
 
 // Calls body<Rows>(first row) for all rows, kRows at a time.
@@ -240,8 +247,11 @@ void attend(const AttentionArgs& a, const Head& head, int64_t s0, int64_t s1, fl
       static_cast<const Cache*>(a.k) + head.b * a.k_strides[0] + head.kv_head * a.k_strides[1] + s0 * a.k_strides[2];
   const Cache* v =
       static_cast<const Cache*>(a.v) + head.b * a.v_strides[0] + head.kv_head * a.v_strides[1] + s0 * a.v_strides[2];
-#define FASTLLM_BODY(Rows) \
-  score_rows<Rows>(q + r * wide, wide, k, a.k_strides[2], v, a.v_strides[2], n, D, p + r * kSplit)
+  const int64_t ahead = kAheadBytes / (D * static_cast<int64_t>(sizeof(Cache)));
+  const int64_t k_stride = a.k_strides[2], v_stride = a.v_strides[2];
+  const Streamed<Cache> keys = {k, v, k_stride, v_stride, n, D, ahead};
+  const Streamed<Cache> values = {v, k + n * k_stride, v_stride, k_stride, n, D, ahead};
+#define FASTLLM_BODY(Rows) score_rows<Rows>(q + r * wide, wide, keys, r == 0, p + r * kSplit)
   FASTLLM_BY_ROWS(rows, FASTLLM_BODY)
 #undef FASTLLM_BODY
 
@@ -263,7 +273,7 @@ void attend(const AttentionArgs& a, const Head& head, int64_t s0, int64_t s1, fl
     if (a.v_scale) multiply_row(row, scales_of(a.v_scale, a.v_scale_strides, head.b, head.kv_head) + s0, n);
   }
 
-#define FASTLLM_BODY(Rows) output_rows<Rows>(p + r * kSplit, v, a.v_strides[2], n, D, out.acc(task) + r * wide, wide)
+#define FASTLLM_BODY(Rows) output_rows<Rows>(p + r * kSplit, values, r == 0, out.acc(task) + r * wide, wide)
   FASTLLM_BY_ROWS(rows, FASTLLM_BODY)
 #undef FASTLLM_BODY
 }
@@ -307,21 +317,22 @@ void attention_decode(const AttentionArgs& a) {
   const int64_t wanted = least(a.threads, 4 * a.D * rows * a.Hk * keys / kWorkerFlops);
   const int64_t workers = least(most(wanted, 1), tasks);
   // Scratch: q, p and a row for each worker; the partials; for each head how many of its tasks are done.
-  const int64_t q_floats = rows * wide, scratch = round_up(q_floats + rows * kSplit + wide, 16);
-  float* memory = workspace(workers * scratch + tasks * Partials::floats(rows, wide) + heads);
+  const int64_t q_floats = rows * wide, scratch = round_up(q_floats + rows * kSplit + wide, kLineFloats);
+  const int64_t partial_floats = round_up(tasks * Partials::floats(rows, wide), kLineFloats);
+  float* memory = workspace(workers * scratch + partial_floats + heads * kLineFloats);
   const Partials partials = {memory + workers * scratch, rows, wide};
-  float* done = partials.max(tasks);
-  std::memset(done, 0, static_cast<size_t>(heads) * sizeof(float));
+  float* done = memory + workers * scratch + partial_floats;  // a line for each head: threads share none
+  std::memset(done, 0, static_cast<size_t>(heads * kLineFloats) * sizeof(float));
   static_assert(sizeof(int) == sizeof(float), "counters lie among floats");
 
-  int64_t next = 0;
-  // One chunk a worker, each with its own scratch; workers take tasks from a counter.
+  // Neighbouring tasks go to one worker: what it asks for ahead of one is the next one's beginning.
+  Shares shares(tasks, static_cast<int>(workers));
+  // One chunk a worker, each with its own scratch.
   parallel_for(workers, 1, static_cast<int>(workers), [&](int64_t worker, int64_t last_worker) {
     for (; worker < last_worker; ++worker) {
       float *q = memory + worker * scratch, *p = q + q_floats, *row = p + rows * kSplit;
-      for (;;) {
-        const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-        if (task >= tasks) break;
+      int64_t task, after;
+      while (shares.take(static_cast<int>(worker), 1, 1, &task, &after)) {
         const int64_t index = task / splits, b = index / a.Hk, keys = num_keys(a, b);
         const Head head = {b, index % a.Hk, keys, visible(a, keys, 0).begin, visible(a, keys, a.T - 1).end};
         const int64_t s0 = most(head.begin, task % splits * kSplit);
@@ -331,7 +342,7 @@ void attention_decode(const AttentionArgs& a) {
           FASTLLM_FOR_CACHE(a.kv_dtype, FASTLLM_BODY)
         }
 #undef FASTLLM_BODY
-        if (__atomic_add_fetch(reinterpret_cast<int*>(done + index), 1, __ATOMIC_ACQ_REL) != splits) continue;
+        if (__atomic_add_fetch(reinterpret_cast<int*>(done + index * kLineFloats), 1, __ATOMIC_ACQ_REL) != splits) continue;
         // Tasks of this head that had keys.
         const int64_t some = head.begin < head.end;
         const int64_t first = index * splits + (some ? head.begin / kSplit : 0);
