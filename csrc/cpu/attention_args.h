@@ -32,6 +32,7 @@ struct AttentionArgs {
   float scale;
   float softcap;  // 0: none
   int threads;
+  bool bf16_dots;  // whether the kernel for many queries may use them, where the rung has them
 };
 
 }  // namespace fastllm::cpu

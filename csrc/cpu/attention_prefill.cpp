@@ -17,6 +17,10 @@
 // the cache nearest to it that holds them. Flops: 4 D for each pair of query and visible key, against about 20 vector
 // instructions a vector of weights. FMA throughput is the limit: for each microtile step kPanelVecs + kKeys loads feed
 // kPanelVecs * kKeys FMAs (scores) and kOutVecs + kOutRows feed kOutVecs * kOutRows (output).
+//
+// Where q, k and v are bf16 and the processor is fast at vdpbf16ps, the same tiles take two steps at once: pairs of d in
+// scores, of which no bit is lost, and pairs of keys in the output, for which weights are rounded to bf16 and the sums
+// they are divided by are of the rounded ones.
 #include "attention_prefill.h"
 
 #include "attention_common.h"
@@ -174,6 +178,153 @@ FASTLLM_INLINE void softmax_panel(float* p, int64_t begin, int64_t end, float c,
   }
 }
 
+// ---------------------------------------------------------------- the same in pairs of bf16
+
+#if FASTLLM_ISA_LEVEL >= 4
+
+constexpr uint32_t kLower = 0x0000ffff, kUpper = 0xffff0000;  // of a pair: the first, the second
+
+FASTLLM_INLINE uint32_t* words(float* scratch) { return reinterpret_cast<uint32_t*>(scratch); }
+
+// p[i][m] as score_tile has it; k and q in pairs of d, of which there are D / 2.
+FASTLLM_INLINE void score_tile(const uint32_t* k, int64_t wide, const uint32_t* q, int64_t D, float* p) {
+  for (int64_t d0 = 0; d0 < D / 2; d0 += kRun / 2) {
+    vf acc[kKeys][kPanelVecs];
+#pragma GCC unroll 16
+    for (int i = 0; i < kKeys; ++i) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kPanelVecs; ++j) acc[i][j] = zero();
+    }
+    const int64_t end = least(d0 + kRun / 2, D / 2);
+    for (int64_t d = d0; d < end; ++d, q += kPanel) {
+      __m512i rows[kPanelVecs];
+#pragma GCC unroll 16
+      for (int j = 0; j < kPanelVecs; ++j) rows[j] = _mm512_loadu_si512(q + j * kWidth);
+#pragma GCC unroll 16
+      for (int i = 0; i < kKeys; ++i) {
+#pragma GCC unroll 16
+        for (int j = 0; j < kPanelVecs; ++j) acc[i][j] = dot_pair(acc[i][j], rows[j], k + i * wide + d);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kKeys; ++i) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kPanelVecs; ++j) {
+        float* at = p + i * kPanel + j * kWidth;
+        store(at, d0 > 0 ? load(at) + acc[i][j] : acc[i][j]);
+      }
+    }
+  }
+}
+
+// As softmax_panel, but the weights of keys 2 i and 2 i + 1 become pairs, at p[i]: their scores are read by then. A key
+// outside of [begin, end) has the weight 0.
+FASTLLM_INLINE void softmax_pairs(float* p, int64_t begin, int64_t end, float c, float* row_max, float* row_sum,
+                                  float* correction) {
+  const vf exponent = set1(c);
+  constexpr uint32_t kOnes = 0x3f803f80;
+#pragma GCC unroll 16
+  for (int j = 0; j < kPanelVecs; ++j) {
+    float* column = p + j * kWidth;
+    const vf before = load(row_max + j * kWidth);
+    vf after = before;
+    for (int64_t s = begin; s < end; ++s) after = max(after, load(column + s * kPanel));
+    const vf shift = max(set1(kLowest), after);
+    vf sum = zero();
+    for (int64_t i = begin / 2; 2 * i < end; ++i) {
+      const float* scores = column + 2 * i * kPanel;
+      pair weights = {zero(), zero()};
+      if (2 * i >= begin) weights.first = exp2((load(scores) - shift) * exponent);
+      if (2 * i + 1 < end) weights.second = exp2((load(scores + kPanel) - shift) * exponent);
+      const __m512i both = narrow_pair(weights);
+      _mm512_storeu_si512(words(column + i * kPanel), both);
+      sum = dot_pair(sum, both, &kOnes);
+    }
+    const vf scale = exp2((before - shift) * exponent);
+    store(correction + j * kWidth, scale);
+    store(row_max + j * kWidth, after);
+    store(row_sum + j * kWidth, fmadd(load(row_sum + j * kWidth), scale, sum));
+  }
+}
+
+// One pair of keys: v has a word for each d, of which `mask` is left; a key that no row sees may be NaN.
+template <int Vecs>
+FASTLLM_INLINE void output_step(const uint32_t* p, const uint32_t* v, uint32_t mask, vf (&acc)[kOutRows][Vecs]) {
+  __m512i value[Vecs];
+#pragma GCC unroll 16
+  for (int j = 0; j < Vecs; ++j) {
+    value[j] = _mm512_and_si512(_mm512_loadu_si512(v + j * kWidth), _mm512_set1_epi32(static_cast<int32_t>(mask)));
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kOutRows; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < Vecs; ++j) acc[i][j] = dot_pair(acc[i][j], value[j], p + i);
+  }
+}
+
+// As output_tile, over the keys [begin, end); p and v in pairs of keys.
+template <int Vecs>
+FASTLLM_INLINE void output_pairs_tile(const uint32_t* p, const uint32_t* v, int64_t wide, int64_t begin, int64_t end,
+                                      const float* correction, float* out) {
+  vf acc[kOutRows][Vecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < kOutRows; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < Vecs; ++j) acc[i][j] = zero();
+  }
+  int64_t i = begin / 2;
+  if (begin % 2 != 0) {
+    output_step<Vecs>(p + i * kPanel, v + i * wide, kUpper, acc);
+    ++i;
+  }
+  for (; 2 * i + 1 < end; ++i) output_step<Vecs>(p + i * kPanel, v + i * wide, kLower | kUpper, acc);
+  if (2 * i < end) output_step<Vecs>(p + i * kPanel, v + i * wide, kLower, acc);
+#pragma GCC unroll 16
+  for (int r = 0; r < kOutRows; ++r) {
+    const vf c = set1(correction[r]);
+#pragma GCC unroll 16
+    for (int j = 0; j < Vecs; ++j) {
+      float* at = out + r * wide + j * kWidth;
+      store(at, fmadd(load(at), c, acc[r][j]));
+    }
+  }
+}
+
+void output_pairs(const uint32_t* p, const uint32_t* v, int64_t wide, int64_t begin, int64_t end,
+                  const float* correction, float* acc) {
+  for (int64_t r = 0; r < kPanel; r += kOutRows) {
+    int64_t d = 0;
+    for (; d + kOutVecs * kWidth <= wide; d += kOutVecs * kWidth)
+      output_pairs_tile<kOutVecs>(p + r, v + d, wide, begin, end, correction + r, acc + r * wide + d);
+    for (; d < wide; d += kWidth)
+      output_pairs_tile<1>(p + r, v + d, wide, begin, end, correction + r, acc + r * wide + d);
+  }
+}
+
+// D bf16 as D / 2 pairs, each `step` words from the last; their signs turned if asked.
+FASTLLM_INLINE void spread_row(const bf16* x, int64_t D, bool negative, uint32_t* out, int64_t step) {
+  const uint32_t signs = negative ? 0x80008000 : 0;
+  for (int64_t d = 0; d < D / 2; ++d) {
+    uint32_t both;
+    std::memcpy(&both, x + 2 * d, sizeof both);
+    out[d * step] = both ^ signs;
+  }
+}
+
+// Rows a and b become words of `wide` d: a's bits in the lower half, b's, or 0 where there is no b, in the upper.
+FASTLLM_INLINE void join_rows(const bf16* a, const bf16* b, int64_t D, int64_t wide, uint32_t* out) {
+  for (int64_t d = 0; d < wide; d += kWidth) {
+    const __mmask16 lanes = D - d < kWidth ? lane_mask(D - d) : static_cast<__mmask16>(-1);
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, a + d));
+    const __m512i high = b ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, b + d)) : _mm512_setzero_si512();
+    _mm512_storeu_si512(out + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+}
+
+#endif
+
+// ---------------------------------------------------------------- a task
+
 struct Task {
   int64_t b, kv_head, row0, row1;  // row = token * G + query head of the group
 };
@@ -183,7 +334,8 @@ FASTLLM_INLINE T* row_of(const void* tensor, const int64_t (&strides)[3], int64_
   return static_cast<T*>(const_cast<void*>(tensor)) + b * strides[0] + head * strides[1] + token * strides[2];
 }
 
-template <typename Cache>
+// kPairs: in pairs of bf16, which q and the cache are and D has whole ones of.
+template <typename Cache, bool kPairs>
 void attend(const AttentionArgs& a, const Task& task, const Scratch& x) {
   const int64_t D = a.D, wide = round_up(D, kWidth), G = a.H / a.Hk, head0 = task.kv_head * G;
   const int64_t rows = task.row1 - task.row0, padded = round_up(rows, kPanel);
@@ -194,6 +346,13 @@ void attend(const AttentionArgs& a, const Task& task, const Scratch& x) {
   std::memset(x.q, 0, static_cast<size_t>(padded * D) * sizeof(float));
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t row = task.row0 + m;
+#if FASTLLM_ISA_LEVEL >= 4
+    if constexpr (kPairs) {
+      spread_row(row_of<const bf16>(a.q, a.q_strides, task.b, head0 + row % G, row / G), D, factor < 0,
+                 words(x.q + m / kPanel * kPanel * (D / 2) + m % kPanel), kPanel);
+      continue;
+    }
+#endif
 #define FASTLLM_BODY(T) \
   widen_row(row_of<const decltype(T)>(a.q, a.q_strides, task.b, head0 + row % G, row / G), D, factor, x.bias)
     FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
@@ -218,19 +377,39 @@ void attend(const AttentionArgs& a, const Task& task, const Scratch& x) {
   const int64_t last = visible(a, keys, (task.row1 - 1) / G).end;
   for (int64_t s0 = first; s0 < last; s0 += kBlock) {
     const int64_t block = least(kBlock, last - s0);
-    for (int64_t s = 0; s < block; ++s) {
+#if FASTLLM_ISA_LEVEL >= 4
+    if constexpr (kPairs) {
+      for (int64_t s = 0; s < block; ++s) {
+        spread_row(k + (s0 + s) * a.k_strides[2], D, false, words(x.k) + s * (D / 2), 1);
+        if (s % 2 != 0) continue;
+        const bf16* row = v + (s0 + s) * a.v_strides[2];
+        join_rows(row, s + 1 < block ? row + a.v_strides[2] : nullptr, D, wide, words(x.v) + s / 2 * wide);
+      }
+      std::memset(words(x.k) + block * (D / 2), 0, static_cast<size_t>((round_up(block, kKeys) - block) * D) * 2);
+    }
+#endif
+    for (int64_t s = 0; !kPairs && s < block; ++s) {
       widen_row(k + (s0 + s) * a.k_strides[2], D, scaled ? k_scale[s0 + s] : 1.0f, x.k + s * wide);
       widen_row(v + (s0 + s) * a.v_strides[2], D, scaled ? v_scale[s0 + s] : 1.0f, x.v + s * wide);
     }
-    std::memset(x.k + block * wide, 0, static_cast<size_t>((round_up(block, kKeys) - block) * wide) * sizeof(float));
+    if constexpr (!kPairs) {
+      std::memset(x.k + block * wide, 0, static_cast<size_t>((round_up(block, kKeys) - block) * wide) * sizeof(float));
+    }
 
     for (int64_t m0 = 0; m0 < rows; m0 += kPanel) {
       const int64_t row0 = task.row0 + m0, row1 = least(row0 + kPanel, task.row1);
       const Range of_first = visible(a, keys, row0 / G), of_last = visible(a, keys, (row1 - 1) / G);
       const int64_t begin = most(of_first.begin - s0, 0), end = least(of_last.end - s0, block);
       if (begin >= end) continue;
-      for (int64_t s = begin / kKeys * kKeys; s < end; s += kKeys)
+      for (int64_t s = begin / kKeys * kKeys; s < end; s += kKeys) {
+#if FASTLLM_ISA_LEVEL >= 4
+        if constexpr (kPairs) {
+          score_tile(words(x.k) + s * (D / 2), D / 2, words(x.q) + m0 * (D / 2), D, x.p + s * kPanel);
+          continue;
+        }
+#endif
         score_tile(x.k + s * wide, wide, x.q + m0 * D, D, x.p + s * kPanel);
+      }
       scale_scores(a, x.p + begin * kPanel, (end - begin) * kPanel);
       const bool all_see_all = of_last.begin <= s0 + begin && of_first.end >= s0 + end;
       for (int64_t row = row0; row < row1 && !(all_see_all && a.mask == nullptr); ++row) {
@@ -245,6 +424,13 @@ void attend(const AttentionArgs& a, const Task& task, const Scratch& x) {
         }
       }
       float correction[kPanel];
+#if FASTLLM_ISA_LEVEL >= 4
+      if constexpr (kPairs) {
+        softmax_pairs(x.p, begin, end, exponent, x.max + m0, x.sum + m0, correction);
+        output_pairs(words(x.p), words(x.v), wide, begin, end, correction, x.acc + m0 * wide);
+        continue;
+      }
+#endif
       softmax_panel(x.p, begin, end, exponent, x.max + m0, x.sum + m0, correction);
       output_panel(x.p + begin * kPanel, x.v + begin * wide, wide, end - begin, correction, x.acc + m0 * wide);
     }
@@ -283,7 +469,13 @@ void attention_prefill(const AttentionArgs& a) {
         if (a.causal) i = shares.mirrored(i);
         const int64_t row0 = i / heads * length;
         const Task task = {i % heads / a.Hk, i % a.Hk, row0, least(row0 + length, rows)};
-#define FASTLLM_BODY(T) attend<decltype(T)>(a, task, scratch)
+#if FASTLLM_ISA_LEVEL >= 4
+        if (a.bf16_dots && a.dtype == DType::bf16 && a.kv_dtype == DType::bf16 && a.D % 2 == 0) {
+          attend<bf16, true>(a, task, scratch);
+          continue;
+        }
+#endif
+#define FASTLLM_BODY(T) attend<decltype(T), false>(a, task, scratch)
         FASTLLM_FOR_CACHE(a.kv_dtype, FASTLLM_BODY)
 #undef FASTLLM_BODY
       }

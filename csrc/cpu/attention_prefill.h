@@ -5,6 +5,6 @@
 
 namespace fastllm::cpu {
 
-FASTLLM_KERNEL(attention_prefill, AttentionArgs, avx512)
+FASTLLM_KERNEL(attention_prefill, AttentionArgs, avx512_bf16)
 
 }  // namespace fastllm::cpu

@@ -78,6 +78,7 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v, co
   a.scale = scale;
   a.softcap = softcap;
   a.threads = threads;
+  a.bf16_dots = fast_bf16_dots();
   launch(prefill ? "attention_prefill" : "attention_decode", [a] { kernel(a); });
 }
 

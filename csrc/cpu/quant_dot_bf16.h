@@ -59,16 +59,6 @@ FASTLLM_INLINE void widen_line(const uint8_t* line, __m512i (&pairs)[16 / kBits]
   }
 }
 
-FASTLLM_INLINE vf dot_pair(vf sum, __m512i w, const bf16* x) {
-  int32_t two;
-  std::memcpy(&two, x, sizeof two);
-  __m512 to = _mm512_dpbf16_ps(sum.v, (__m512bh)w, (__m512bh)_mm512_set1_epi32(two));
-#if defined(__AVX512F__)  // not where it is emulated
-  asm("" : "+v"(to));     // GCC would move sums about
-#endif
-  return {to};
-}
-
 // ---------------------------------------------------------------- tiles
 
 // A segment of K, of kBlocks blocks of 16 rows.

@@ -81,6 +81,16 @@ FASTLLM_INLINE __m512i narrow_pair(pair a) {
 FASTLLM_INLINE pair load_pair(const bf16* p) { return widen_pair(_mm512_loadu_si512(p)); }
 FASTLLM_INLINE void store_clean(bf16* p, pair a) { _mm512_storeu_si512(p, narrow_pair(a)); }
 #if FASTLLM_ISA_LEVEL >= 4
+// sum + the sixteen pairs of bf16 times the one pair at `two`.
+FASTLLM_INLINE vf dot_pair(vf sum, __m512i pairs, const void* two) {
+  int32_t both;
+  std::memcpy(&both, two, sizeof both);
+  __m512 to = _mm512_dpbf16_ps(sum.v, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(both));
+#if defined(__AVX512F__)  // not where it is emulated
+  asm("" : "+v"(to));     // GCC would move sums about
+#endif
+  return {to};
+}
 FASTLLM_INLINE pair round_clean(bf16, pair a) { return widen_pair(narrow_pair(a)); }
 FASTLLM_INLINE vf round_clean(bf16, vf a) { return widen(bf16{}, narrow(bf16{}, a)); }
 #else
