@@ -8,7 +8,7 @@
 // two terms would be large and cancel wherever activations have a mean. A group that holds an infinity or a NaN has the
 // scale NaN, and so gets every output of its row.
 //
-// Cost: N K bits / 8 bytes of weights, plus scales, once for every kMaxTokens tokens; 2 M N K integer operations. With
+// Cost: N K bits / 8 bytes of weights, plus scales, once for every kMaxTokens tokens at most; 2 M N K integer operations. With
 // few tokens reading the weights is the limit. With many it is the multiplier: a step of 4-bit weights is two
 // instructions (vpmaddubsw, vpaddw) for 32 products on AVX2, one (vpdpbusd) for 64 with VNNI; 8-bit weights without
 // VNNI are widened to 16 bits and cost two (vpmaddwd, vpaddd) for 16, because vpmaddubsw would saturate.
@@ -474,8 +474,8 @@ template <int kBits>
 void multiply(const QuantMatmulArgs& a) {
   const int64_t act_group = activation_group(a.group_size), act_groups = (a.K + act_group - 1) / act_group;
   const int64_t blocks = (a.N + kBlockRows - 1) / kBlockRows;
-  for (int64_t first = 0; first < a.M; first += kMaxTokens) {
-    const int64_t tokens = a.M - first < kMaxTokens ? a.M - first : kMaxTokens;
+  for (int64_t first = 0; first < a.M; first += kPassTokens) {
+    const int64_t tokens = a.M - first < kPassTokens ? a.M - first : kPassTokens;
     // x: (segments, tokens, columns of a segment) integers, then (tokens, groups) scales.
     constexpr int kBytes = kWideActivations<kBits> ? 2 : 1;
     const int64_t row_bytes = int8_segment(a.K) * kBytes, segment_bytes = tokens * row_bytes;
@@ -489,7 +489,10 @@ void multiply(const QuantMatmulArgs& a) {
     // Many tokens are divided among the threads: what a norm or a gate wrote and will read of a token is then in the
     // caches of the thread that multiplies it. Unpacking weights once for each part costs 1/100 of its products.
     int64_t parts = tokens / kPartTokens < a.threads ? tokens / kPartTokens : a.threads;
-    if (parts < 1) parts = 1;
+    // Whole tiles, so that only the last part has a rest.
+    constexpr int64_t kMost = kMaxTokens / kWideTile * kWideTile;
+    const int64_t least = (tokens + kMost - 1) / kMost;
+    if (parts < least) parts = least;
     const int64_t part = (tokens + parts * kWideTile - 1) / (parts * kWideTile) * kWideTile;
     const int64_t block_work = padded_k(a.K) * a.bits * 2 * (part < 8 ? 1 : part / 4);
     // In steps of the widest tile, so that no chunk ends with half of one.

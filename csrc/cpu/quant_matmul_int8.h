@@ -12,6 +12,9 @@ static inline int64_t int8_segment(int64_t K) {
   return round_up((K + segments - 1) / segments, 128);
 }
 
+// Tokens that are quantised together, and then divided among threads: at most kMaxTokens at a time for each.
+inline constexpr int64_t kPassTokens = 512;
+
 // One group of one token's activations.
 struct ActivationGroup {
   float scale;    // real value per integer step
@@ -26,7 +29,7 @@ static inline int64_t activation_group(int64_t group_size) {
 
 // Bytes of scratch for M tokens: up to two bytes an activation, whole segments.
 static inline int64_t quant_matmul_int8_scratch(int64_t M, int64_t K) {
-  const int64_t tokens = M < kMaxTokens ? M : kMaxTokens;
+  const int64_t tokens = M < kPassTokens ? M : kPassTokens;
   return tokens * round_up(K, int8_segment(K)) * 2 +
          round_up(tokens * ((K + 31) / 32) * static_cast<int64_t>(sizeof(ActivationGroup)), kLineBytes);
 }

@@ -24,6 +24,7 @@ from .loaders import ModelConfig
 
 __all__ = ["Layer", "Llama", "Weights"]
 
+WIDEST_ACTIVATION = 16 << 20  # bytes, of a prompt's tokens
 KEPT_CACHE = 256 << 20  # bytes, at most, of a used cache that waits for the next one
 
 Weight = Tensor | QuantizedTensor  # (N, K)
@@ -91,8 +92,12 @@ class Llama:
     def prefill_tokens(self) -> int:
         """Tokens of a prompt that go through the model at once. On a CPU as many as the matrix kernels take in one pass over the
         weights: with fewer, unpacking weights and calling kernels from Python (tens of microseconds each, once weights have gone
-        through the caches) would show; more would not fit the caches. A GPU needs more to be busy."""
-        return 256 if self.device.type == "cpu" else 2048
+        through the caches) would show. Half as many where the widest activation would be so large that glibc has it from the system
+        each time, pages to be cleared (``loading._keep_freed_memory``). A GPU needs more to be busy."""
+        if self.device.type != "cpu":
+            return 2048
+        widest = 512 * 2 * self.config.intermediate_size * self.dtype.itemsize
+        return 512 if widest <= WIDEST_ACTIVATION else 256
 
     @property
     def device(self) -> torch.device:
