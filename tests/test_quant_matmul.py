@@ -10,7 +10,7 @@ import fastllm
 from fastllm.backends import isa_names, use_backend, use_isa
 from fastllm.quant import quantize
 
-ROWS, COLUMNS = 80, 608  # five blocks of rows, of which tiles may take two; more than a segment of columns
+ROWS, COLUMNS = 80, 736  # five blocks of rows, of which tiles may take two; more than a segment of columns
 
 
 def _weight(bits: int, symmetric: bool):
@@ -32,6 +32,24 @@ def test_a_tokens_bits_do_not_depend_on_the_other_tokens(bits, dtype, activation
         alone = torch.cat([fastllm.quant_matmul(row[None], weight, activations=activations) for row in x])
         for count in range(2, len(x) + 1):  # every size of tile, and of what is left over
             assert fastllm.quant_matmul(x[:count], weight, activations=activations).equal(alone[:count]), count
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_tokens_bits_do_not_depend_on_how_they_are_divided(bits):
+    """Among threads, and into passes."""
+    weight, x = _weight(bits, symmetric=True), _tokens(1100, torch.float32)
+    before = torch.get_num_threads()
+    with use_backend("cpu"):
+        try:
+            torch.set_num_threads(1)
+            alone = torch.cat([fastllm.quant_matmul(part, weight, activations="int8") for part in x.split(60)])
+            for threads in (1, 2, 3, 16):
+                torch.set_num_threads(threads)
+                for count in (127, 128, 131, 200, 256, 257, 513, 1100):
+                    y = fastllm.quant_matmul(x[:count], weight, activations="int8")
+                    assert y.equal(alone[:count]), (threads, count)
+        finally:
+            torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("isa", isa_names())
