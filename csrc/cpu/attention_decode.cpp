@@ -148,8 +148,7 @@ void output_rows(const float* p, const Streamed<T>& v, bool ask, float* out, int
   constexpr int kVecs = Rows * 4 <= kChains ? 4 : 2;
   for (; d + kVecs * kWidth <= v.D; d += kVecs * kWidth, ask = false)
     output_tile<Rows, kVecs, true>(p, v, d, kWidth, ask, out + d, wide);
-  for (; d + kWidth <= v.D; d += kWidth, ask = false)
-    output_tile<Rows, 1, true>(p, v, d, kWidth, ask, out + d, wide);
+  for (; d + kWidth <= v.D; d += kWidth, ask = false) output_tile<Rows, 1, true>(p, v, d, kWidth, ask, out + d, wide);
   if (d < v.D) output_tile<Rows, 1, false>(p, v, d, v.D - d, ask, out + d, wide);
 }
 
@@ -342,7 +341,8 @@ void attention_decode(const AttentionArgs& a) {
           FASTLLM_FOR_CACHE(a.kv_dtype, FASTLLM_BODY)
         }
 #undef FASTLLM_BODY
-        if (__atomic_add_fetch(reinterpret_cast<int*>(done + index * kLineFloats), 1, __ATOMIC_ACQ_REL) != splits) continue;
+        if (__atomic_add_fetch(reinterpret_cast<int*>(done + index * kLineFloats), 1, __ATOMIC_ACQ_REL) != splits)
+          continue;
         // Tasks of this head that had keys.
         const int64_t some = head.begin < head.end;
         const int64_t first = index * splits + (some ? head.begin / kSplit : 0);

@@ -18,9 +18,9 @@
 // instructions a vector of weights. FMA throughput is the limit: for each microtile step kPanelVecs + kKeys loads feed
 // kPanelVecs * kKeys FMAs (scores) and kOutVecs + kOutRows feed kOutVecs * kOutRows (output).
 //
-// Where q, k and v are bf16 and the processor is fast at vdpbf16ps, the same tiles take two steps at once: pairs of d in
-// scores, of which no bit is lost, and pairs of keys in the output, for which weights are rounded to bf16 and the sums
-// they are divided by are of the rounded ones.
+// Where q, k and v are bf16 and the processor is fast at vdpbf16ps, the same tiles take two steps at once: pairs of d
+// in scores, of which no bit is lost, and pairs of keys in the output, for which weights are rounded to bf16 and the
+// sums they are divided by are of the rounded ones.
 #include "attention_prefill.h"
 
 #include "attention_common.h"
@@ -74,16 +74,52 @@ FASTLLM_INLINE Scratch carve(float* memory, int64_t D) {
   return s;
 }
 
+FASTLLM_INLINE void clear(vf (&acc)[kKeys][kPanelVecs]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kKeys; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kPanelVecs; ++j) acc[i][j] = zero();
+  }
+}
+// p = acc, or p += acc where it is not the first run of d.
+FASTLLM_INLINE void store_scores(const vf (&acc)[kKeys][kPanelVecs], bool first, float* p) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kKeys; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kPanelVecs; ++j) {
+      float* at = p + i * kPanel + j * kWidth;
+      store(at, first ? acc[i][j] : load(at) + acc[i][j]);
+    }
+  }
+}
+template <int Vecs>
+FASTLLM_INLINE void clear(vf (&acc)[kOutRows][Vecs]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kOutRows; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < Vecs; ++j) acc[i][j] = zero();
+  }
+}
+// out[i] = out[i] * correction[i] + acc[i].
+template <int Vecs>
+FASTLLM_INLINE void add_output(const vf (&acc)[kOutRows][Vecs], int64_t wide, const float* correction, float* out) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kOutRows; ++i) {
+    const vf c = set1(correction[i]);
+#pragma GCC unroll 16
+    for (int j = 0; j < Vecs; ++j) {
+      float* at = out + i * wide + j * kWidth;
+      store(at, fmadd(load(at), c, acc[i][j]));
+    }
+  }
+}
+
 // p[i][m] = sum over d of k[i][d] q[d][m] for kKeys keys and a panel of rows. Runs of kRun products are summed by
 // themselves and then added up: the error of a single chain grows with D.
 FASTLLM_INLINE void score_tile(const float* k, int64_t wide, const float* q, int64_t D, float* p) {
   for (int64_t d0 = 0; d0 < D; d0 += kRun) {
     vf acc[kKeys][kPanelVecs];
-#pragma GCC unroll 16
-    for (int i = 0; i < kKeys; ++i) {
-#pragma GCC unroll 16
-      for (int j = 0; j < kPanelVecs; ++j) acc[i][j] = zero();
-    }
+    clear(acc);
     const int64_t end = least(d0 + kRun, D);
     for (int64_t d = d0; d < end; ++d, q += kPanel) {
       vf rows[kPanelVecs];
@@ -96,18 +132,7 @@ FASTLLM_INLINE void score_tile(const float* k, int64_t wide, const float* q, int
         for (int j = 0; j < kPanelVecs; ++j) acc[i][j] = fmadd(key, rows[j], acc[i][j]);
       }
     }
-    if (d0 > 0) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kKeys; ++i) {
-#pragma GCC unroll 16
-        for (int j = 0; j < kPanelVecs; ++j) acc[i][j] = acc[i][j] + load(p + i * kPanel + j * kWidth);
-      }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kKeys; ++i) {
-#pragma GCC unroll 16
-      for (int j = 0; j < kPanelVecs; ++j) store(p + i * kPanel + j * kWidth, acc[i][j]);
-    }
+    store_scores(acc, d0 == 0, p);
   }
 }
 
@@ -116,11 +141,7 @@ template <int Vecs>
 FASTLLM_INLINE void output_tile(const float* p, const float* v, int64_t wide, int64_t keys, const float* correction,
                                 float* out) {
   vf acc[kOutRows][Vecs];
-#pragma GCC unroll 16
-  for (int i = 0; i < kOutRows; ++i) {
-#pragma GCC unroll 16
-    for (int j = 0; j < Vecs; ++j) acc[i][j] = zero();
-  }
+  clear<Vecs>(acc);
   for (int64_t s = 0; s < keys; ++s, p += kPanel, v += wide) {
     vf value[Vecs];
 #pragma GCC unroll 16
@@ -132,15 +153,7 @@ FASTLLM_INLINE void output_tile(const float* p, const float* v, int64_t wide, in
       for (int j = 0; j < Vecs; ++j) acc[i][j] = fmadd(weight, value[j], acc[i][j]);
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kOutRows; ++i) {
-    const vf c = set1(correction[i]);
-#pragma GCC unroll 16
-    for (int j = 0; j < Vecs; ++j) {
-      float* at = out + i * wide + j * kWidth;
-      store(at, fmadd(load(at), c, acc[i][j]));
-    }
-  }
+  add_output<Vecs>(acc, wide, correction, out);
 }
 
 void output_panel(const float* p, const float* v, int64_t wide, int64_t keys, const float* correction, float* acc) {
@@ -190,11 +203,7 @@ FASTLLM_INLINE uint32_t* words(float* scratch) { return reinterpret_cast<uint32_
 FASTLLM_INLINE void score_tile(const uint32_t* k, int64_t wide, const uint32_t* q, int64_t D, float* p) {
   for (int64_t d0 = 0; d0 < D / 2; d0 += kRun / 2) {
     vf acc[kKeys][kPanelVecs];
-#pragma GCC unroll 16
-    for (int i = 0; i < kKeys; ++i) {
-#pragma GCC unroll 16
-      for (int j = 0; j < kPanelVecs; ++j) acc[i][j] = zero();
-    }
+    clear(acc);
     const int64_t end = least(d0 + kRun / 2, D / 2);
     for (int64_t d = d0; d < end; ++d, q += kPanel) {
       __m512i rows[kPanelVecs];
@@ -206,14 +215,7 @@ FASTLLM_INLINE void score_tile(const uint32_t* k, int64_t wide, const uint32_t* 
         for (int j = 0; j < kPanelVecs; ++j) acc[i][j] = dot_pair(acc[i][j], rows[j], k + i * wide + d);
       }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < kKeys; ++i) {
-#pragma GCC unroll 16
-      for (int j = 0; j < kPanelVecs; ++j) {
-        float* at = p + i * kPanel + j * kWidth;
-        store(at, d0 > 0 ? load(at) + acc[i][j] : acc[i][j]);
-      }
-    }
+    store_scores(acc, d0 == 0, p);
   }
 }
 
@@ -267,11 +269,7 @@ template <int Vecs>
 FASTLLM_INLINE void output_pairs_tile(const uint32_t* p, const uint32_t* v, int64_t wide, int64_t begin, int64_t end,
                                       const float* correction, float* out) {
   vf acc[kOutRows][Vecs];
-#pragma GCC unroll 16
-  for (int i = 0; i < kOutRows; ++i) {
-#pragma GCC unroll 16
-    for (int j = 0; j < Vecs; ++j) acc[i][j] = zero();
-  }
+  clear<Vecs>(acc);
   int64_t i = begin / 2;
   if (begin % 2 != 0) {
     output_step<Vecs>(p + i * kPanel, v + i * wide, kUpper, acc);
@@ -279,15 +277,7 @@ FASTLLM_INLINE void output_pairs_tile(const uint32_t* p, const uint32_t* v, int6
   }
   for (; 2 * i + 1 < end; ++i) output_step<Vecs>(p + i * kPanel, v + i * wide, kLower | kUpper, acc);
   if (2 * i < end) output_step<Vecs>(p + i * kPanel, v + i * wide, kLower, acc);
-#pragma GCC unroll 16
-  for (int r = 0; r < kOutRows; ++r) {
-    const vf c = set1(correction[r]);
-#pragma GCC unroll 16
-    for (int j = 0; j < Vecs; ++j) {
-      float* at = out + r * wide + j * kWidth;
-      store(at, fmadd(load(at), c, acc[r][j]));
-    }
-  }
+  add_output<Vecs>(acc, wide, correction, out);
 }
 
 void output_pairs(const uint32_t* p, const uint32_t* v, int64_t wide, int64_t begin, int64_t end,
@@ -457,8 +447,8 @@ void attention_prefill(const AttentionArgs& a) {
 
   const int64_t workers = least(a.threads < 1 ? 1 : a.threads, tasks), floats = scratch_floats(a.D);
   float* memory = workspace(workers * floats);
-  // In the order of tokens, so that a thread has those that it projected and rotated; but the last of them, which see the
-  // most keys of a causal call, first, so that no thread is left with a long task at the end.
+  // In the order of tokens, so that a thread has those that it projected and rotated; but the last of them, which see
+  // the most keys of a causal call, first, so that no thread is left with a long task at the end.
   Shares shares(tasks, static_cast<int>(workers));
   // One chunk a worker, each with its own scratch.
   parallel_for(workers, 1, static_cast<int>(workers), [&](int64_t worker, int64_t end) {

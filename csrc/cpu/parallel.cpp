@@ -221,8 +221,7 @@ bool Shares::take_of(Share& share, int64_t parts, int64_t least, int64_t most, i
     size = left / parts > least ? left / parts : least;
     if (size > most) size = most;
     if (size > left) size = left;
-  } while (
-      !__atomic_compare_exchange_n(&share.next, &from, from + size, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  } while (!__atomic_compare_exchange_n(&share.next, &from, from + size, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
   *begin = from;
   *end = from + size;
   return true;

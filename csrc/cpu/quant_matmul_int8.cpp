@@ -8,10 +8,10 @@
 // two terms would be large and cancel wherever activations have a mean. A group that holds an infinity or a NaN has the
 // scale NaN, and so gets every output of its row.
 //
-// Cost: N K bits / 8 bytes of weights, plus scales, once for every kMaxTokens tokens at most; 2 M N K integer operations. With
-// few tokens reading the weights is the limit. With many it is the multiplier: a step of 4-bit weights is two
-// instructions (vpmaddubsw, vpaddw) for 32 products on AVX2, one (vpdpbusd) for 64 with VNNI; 8-bit weights without
-// VNNI are widened to 16 bits and cost two (vpmaddwd, vpaddd) for 16, because vpmaddubsw would saturate.
+// Cost: N K bits / 8 bytes of weights, plus scales, once for every kMaxTokens tokens at most; 2 M N K integer
+// operations. With few tokens reading the weights is the limit. With many it is the multiplier: a step of 4-bit weights
+// is two instructions (vpmaddubsw, vpaddw) for 32 products on AVX2, one (vpdpbusd) for 64 with VNNI; 8-bit weights
+// without VNNI are widened to 16 bits and cost two (vpmaddwd, vpaddd) for 16, because vpmaddubsw would saturate.
 //
 // A token's bits do not depend on the other tokens: each row and token sums its groups in one order, in segments.
 #include "quant_matmul_int8.h"
