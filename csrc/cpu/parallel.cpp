@@ -23,6 +23,7 @@
 #if defined(__linux__)
 #include <dlfcn.h>
 #include <link.h>
+#include <sched.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -252,12 +253,31 @@ void run_chunks(int64_t count, int64_t grain, int threads, void (*body)(void*, i
   }
 }
 
+namespace {
+
+#if defined(__linux__)
+int current_core() { return sched_getcpu(); }
+// This thread goes to another core, where it is allowed one: left alone it may stay behind its maker for a while.
+void leave_core(int core) {
+  cpu_set_t allowed;
+  if (core < 0 || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  CPU_CLR(core, &allowed);
+  if (CPU_COUNT(&allowed) > 0) sched_setaffinity(0, sizeof allowed, &allowed);
+}
+#else
+int current_core() { return 0; }
+void leave_core(int) {}
+#endif
+
+}  // namespace
+
 double round_trip(double seconds) {
   struct alignas(128) {
     std::atomic<int> ball{0};
   } line;
   constexpr int kStop = 2, kTrips = 500;
-  std::thread partner([&] {
+  std::thread partner([&, here = current_core()] {
+    leave_core(here);
     for (int seen; (seen = line.ball.load(std::memory_order_acquire)) != kStop;) {
       if (seen == 1) line.ball.store(0, std::memory_order_release);
     }

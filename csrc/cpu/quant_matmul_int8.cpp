@@ -227,7 +227,10 @@ FASTLLM_INLINE void add_unit(const uint8_t*& weights, const int8_t*& x, const Se
     const uint8_t* at = weights + v / kBlockVectors * s.block_stride;
     w[v] = T::kUnpacked ? load_unpacked(at, v % kBlockVectors) : load_unit<T::kBits>(at, v % kBlockVectors);
   }
-  if constexpr (!T::kUnpacked && T::kBlocks == 1) __builtin_prefetch(weights + kPrefetchBytes);
+  if constexpr (!T::kUnpacked && T::kBlocks == 1) {
+#pragma GCC unroll 2
+    for (int line = 0; line < kUnitBytes<T::kBits>; line += 64) __builtin_prefetch(weights + kPrefetchBytes + line);
+  }
   // Halves outside, so that half of the weights are in registers at a time; tokens next, for few activations.
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
