@@ -215,7 +215,8 @@ def _cases() -> list[Case]:
 
             size = 2 * B * H * T * D * _dtype.itemsize + 2 * B * Hk * S * (D + 4 if extra is _int8 else D * _dtype.itemsize)
             flops = 4 * D * H * _visible_pairs(B, T, S, **options)
-            cases.append(Case(name, _dtype, make, size, flops, bench, gpu))
+            arithmetic = "bf16" if _dtype == torch.bfloat16 and extra is not _int8 else "fp32"
+            cases.append(Case(name, _dtype, make, size, flops, bench, gpu, arithmetic=arithmetic))
 
         # B, H, Hk, T, S, D
         add("llama-3.2-1b prefill 2048", 1, 32, 8, 2048, 2048, 64, bench=True)
