@@ -57,6 +57,8 @@ constexpr int kWideTile = FASTLLM_ISA_LEVEL >= 2 ? 6 : kTile, kWideBlocks = FAST
 constexpr int kUnpackTokens = 12;
 // As many tokens are worth unpacking for: a thread's own.
 constexpr int64_t kPartTokens = 64;
+// A part at most: kMaxTokens in whole tiles, so that a pass makes no third part for a rest.
+constexpr int64_t kMostTokens = (kMaxTokens + kWideTile - 1) / kWideTile * kWideTile;
 
 // ---------------------------------------------------------------- one step
 
@@ -393,7 +395,7 @@ template <int kBits, int kBlocks>
 void multiply_some(const QuantMatmulArgs& a, const Tokens& of_pass, int64_t block) {
   constexpr int kBytes = kWideActivations<kBits> ? 2 : 1;
   constexpr int64_t kRows = kBlocks * kBlockRows, kUnpackedBlock = kMaxSegment / 8 * kUnpackedBytes;
-  alignas(64) float sums[kMaxTokens * kRows];
+  alignas(64) float sums[kMostTokens * kRows];
   alignas(64) float scale[kMaxGroups * kRows], offset[kMaxGroups * kRows];
   alignas(64) uint8_t unpacked[kBits == 4 ? kBlocks * kUnpackedBlock : 1];
   const int64_t act_group = activation_group(a.group_size), act_groups = (a.K + act_group - 1) / act_group;
@@ -493,8 +495,7 @@ void multiply(const QuantMatmulArgs& a) {
     // caches of the thread that multiplies it. Unpacking weights once for each part costs 1/100 of its products.
     int64_t parts = tokens / kPartTokens < a.threads ? tokens / kPartTokens : a.threads;
     // Whole tiles, so that only the last part has a rest.
-    constexpr int64_t kMost = kMaxTokens / kWideTile * kWideTile;
-    const int64_t least = (tokens + kMost - 1) / kMost;
+    const int64_t least = (tokens + kMostTokens - 1) / kMostTokens;
     if (parts < least) parts = least;
     const int64_t part = (tokens + parts * kWideTile - 1) / (parts * kWideTile) * kWideTile;
     const int64_t block_work = padded_k(a.K) * a.bits * 2 * (part < 8 ? 1 : part / 4);
