@@ -257,8 +257,11 @@ def test_first_maxima_are_argmax_with_ties_infinities_and_nan(columns):
     logits[special > 0.99] = math.inf
     logits[100:][special[100:] > 0.995] = math.nan
     logits[-1] = -math.inf
-    for x in (logits, logits.bfloat16(), logits.t().contiguous().t(), -torch.zeros(3, columns)):
-        assert first_maxima(x) == x.argmax(-1).tolist()
+    zeros = torch.where(special < 0.5, 0.0, -0.0)
+    negative = -torch.rand(50, columns, generator=generator) * 1e-6
+    for x in (logits, -logits, logits.t().contiguous().t(), zeros, negative):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert first_maxima(x.to(dtype)) == x.to(dtype).argmax(-1).tolist()
 
 
 def test_tokens_are_placed_behind_each_sequence():

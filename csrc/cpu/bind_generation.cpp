@@ -58,6 +58,55 @@ int64_t argmax_row(const float* x, int64_t n) {
   return of_top;
 }
 
+// The same of a 16-bit float, whose bits are told by what they have for infinity: signs and magnitudes, as integers, are in
+// the order of the values, the two zeros alike.
+template <typename Bits>
+Bits ordered(Bits bits, Bits infinity) {
+  const Bits magnitude = bits & 0x7fff, sign = bits >> 15;
+  const Bits order = (magnitude ^ sign) - sign;
+  return magnitude > infinity ? magnitude | 0x7fff : order;
+}
+
+int64_t argmax_row(const int16_t* x, int64_t n, int16_t infinity) {
+  using Shorts __attribute__((vector_size(16))) = int16_t;
+  constexpr int64_t kBlock = 4096;
+  constexpr int kLanes = 8;
+  const auto at = [&](int64_t i) { return ordered<int>(x[i], infinity); };
+  int top = at(0);
+  int64_t of_top = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+    Shorts most[2] = {Shorts{} - int16_t{0x7fff}, Shorts{} - int16_t{0x7fff}};  // the least there is
+    int64_t i = begin;
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      for (int j = 0; j < 2; ++j) {
+        Shorts a;
+        std::memcpy(&a, x + i + j * kLanes, sizeof a);
+        a = ordered(a, Shorts{} + infinity);
+        most[j] = a > most[j] ? a : most[j];
+      }
+    }
+    int here = at(begin);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      here = most[0][lane] > here ? most[0][lane] : here;
+      here = most[1][lane] > here ? most[1][lane] : here;
+    }
+    for (; i < end; ++i) here = at(i) > here ? at(i) : here;
+    if (here > top) {
+      top = here;
+      of_top = begin;
+    }
+  }
+  while (at(of_top) != top) ++of_top;
+  return of_top;
+}
+
+int64_t argmax_row(const TensorView& x, int64_t offset, int64_t n) {
+  constexpr int16_t kInfinity[] = {0x7f80, 0x7c00};  // bf16, fp16
+  if (x.dtype == DType::f32) return argmax_row(x.as<const float>() + offset, n);
+  return argmax_row(x.as<const int16_t>() + offset, n, kInfinity[x.dtype == DType::f16]);
+}
+
 void place_tokens(const std::vector<int64_t>& tokens, const TensorView& lengths, const TensorView& last,
                   const TensorView& ids, const TensorView& positions, const TensorView& kv_lens) {
   const int64_t B = lengths.numel(), T = B > 0 ? ids.numel() / B : 0, runs = last.numel();
@@ -89,14 +138,15 @@ void bind_generation(py::module_& m) {
   m.def(
       "argmax",
       [](const TensorView& x) {
-        FASTLLM_CHECK(x.dtype == DType::f32 && x.ndim > 0 && x.size(-1) > 0 && x.contiguous_from(0), "argmax: x is ",
-                      name(x.dtype), ", expected contiguous float32 (..., columns)");
+        FASTLLM_CHECK((x.dtype == DType::f32 || x.dtype == DType::bf16 || x.dtype == DType::f16) && x.ndim > 0 &&
+                          x.size(-1) > 0 && x.contiguous_from(0),
+                      "argmax: x is ", name(x.dtype), ", expected contiguous float32, bfloat16 or float16 (..., columns)");
         const int64_t columns = x.size(-1);
         std::vector<int64_t> at;
-        for (int64_t i = 0; i < x.numel(); i += columns) at.push_back(argmax_row(x.as<const float>() + i, columns));
+        for (int64_t i = 0; i < x.numel(); i += columns) at.push_back(argmax_row(x, i, columns));
         return at;
       },
-      "(x (..., columns) fp32) -> a list: each row's first largest column; a NaN is larger than all");
+      "(x (..., columns) fp32|bf16|fp16) -> a list: each row's first largest column; a NaN is larger than all");
 }
 
 }  // namespace fastllm::cpu

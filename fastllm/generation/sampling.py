@@ -14,6 +14,8 @@ from ..errors import value_error
 
 __all__ = ["Sampling", "draw_index", "first_maxima", "nucleus"]
 
+ARGMAX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the compiled module's
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -101,7 +103,7 @@ class Sampling:
 def first_maxima(logits: Tensor) -> list[int]:
     """The first of the largest of each row of logits (..., V), as ``argmax`` has it, for less than PyTorch takes after a step."""
     module = cpu_module()
-    if module is not None and logits.is_cpu and logits.dtype == torch.float32 and logits.is_contiguous():
+    if module is not None and logits.is_cpu and logits.dtype in ARGMAX_DTYPES and logits.is_contiguous():
         return module.argmax(logits)  # type: ignore[no-any-return]
     return logits.argmax(-1).flatten().tolist()  # type: ignore[no-any-return]
 
