@@ -2,8 +2,9 @@
 
     python benchmarks/accuracy.py [MODEL] [--tokens 2048] [--json FILE]
 
-The same stored weights every time; "rows" has them rounded again, to int8 with a scale a row, in bf16. Each row is compared with float activations and an fp32 cache, which `fastllm demo` compares with
-transformers in fp32. The text is fastllm/data/factbook.txt, in independent windows of 512 tokens.
+The same stored weights every time; the last rows have them rounded again, in bf16, as `fastllm.load` rounds a float checkpoint: to
+int8 with a scale a row, to symmetric int4 in groups. Each row is compared with float activations and an fp32 cache, which
+`fastllm demo` compares with transformers in fp32. The text is fastllm/data/factbook.txt, in independent windows of 512 tokens.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ from fastllm.quant import QuantizedTensor, quantize
 
 CACHES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 WINDOW = 512
+# Bits and group size; 64 is the largest group that divides the real model's 576 columns.
+ROUNDED = {"int8 rows": (8, -1), "int4 of 32": (4, 32), "int4 of 64": (4, 64)}
 
 
-def int8_rows(llama: Llama) -> Llama:
-    """What ``fastllm.load(..., dtype=torch.bfloat16, weights="int8", head="int8", group_size=-1)`` makes of float weights."""
+def rounded_again(llama: Llama, bits: int, group_size: int) -> Llama:
+    """What ``fastllm.load(..., dtype=torch.bfloat16, weights=, head=, group_size=, symmetric=True)`` makes of float weights."""
 
     def rounded(weight):
         if isinstance(weight, QuantizedTensor):
-            return quantize(weight.dequantize(torch.float32), 8, -1).pack()
+            return quantize(weight.dequantize(torch.float32), bits, group_size, symmetric=True).pack()
         return weight if weight is None else weight.to(torch.bfloat16)
 
     def all_of(values):
@@ -57,13 +60,14 @@ def main() -> None:
     texts = windows(model.tokenizer.encode(text, add_special_tokens=False), WINDOW, options.tokens)
     trusted = [model.logits(ids)[0] for ids in texts]
     rows = []
-    stored, again = model.llama, int8_rows(model.llama)
+    stored = model.llama
+    again = {name: rounded_again(stored, *form) for name, form in ROUNDED.items()}
     modes = [("stored", activations, cache) for activations in ("float", "int8") for cache in CACHES]
     print(
-        f"{'weights':<9}{'activations':<14}{'cache':<10}{'perplexity':>11}{'mean KL, nats':>15}{'top-1':>9}{'worst logit':>13}"
+        f"{'weights':<12}{'activations':<14}{'cache':<10}{'perplexity':>11}{'mean KL, nats':>15}{'top-1':>9}{'worst logit':>13}"
     )
-    for weights, activations, cache in [*modes, ("rows", "int8", torch.bfloat16)]:
-        model.llama = stored if weights == "stored" else again
+    for weights, activations, cache in [*modes, *((name, "int8", torch.bfloat16) for name in again)]:
+        model.llama = again.get(weights, stored)
         model.llama.activations, model.llama.cache_dtype = activations, cache
         ours = [model.logits(ids)[0].float() for ids in texts]
         rest = iter(ours)
@@ -76,7 +80,7 @@ def main() -> None:
         }
         rows.append(found)
         print(
-            f"{weights:<9}{activations:<14}{found['cache']:<10}{found['perplexity']:>11.3f}{found['mean_kl']:>15.1e}"
+            f"{weights:<12}{activations:<14}{found['cache']:<10}{found['perplexity']:>11.3f}{found['mean_kl']:>15.1e}"
             f"{found['top1']:>9.2%}{found['max_logit_error']:>13.3f}",
             flush=True,
         )

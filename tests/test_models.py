@@ -172,31 +172,36 @@ def test_quantising_at_load_degrades_in_the_order_it_should(weights, activations
     assert 0 < found.rms_logit_error <= 1.2 * int4.rms_logit_error
 
 
-@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize(
+    ("head", "group_size", "symmetric"), [("int8", 32, None), ("int8", -1, None), ("int4", 32, None), ("int4", 32, True)]
+)
 @pytest.mark.parametrize("name", ["llama", "qwen2"])  # with a head of its own, and tied
-def test_a_head_of_int8(name, group_size, tmp_path):
+def test_a_quantised_head(name, head, group_size, symmetric, tmp_path):
     from fastllm.generation.decode import DecodeStep
     from fastllm.quant import QuantizedTensor
 
     save(ARCHITECTURES[name], tmp_path)
-    options = {"weights": "int8", "group_size": group_size, "activations": "int8"}
-    exact, ours = fastllm.load(tmp_path), fastllm.load(tmp_path, head="int8", **options)
+    options = {"weights": head, "group_size": group_size, "symmetric": symmetric, "activations": "int8"}
+    exact, ours = fastllm.load(tmp_path), fastllm.load(tmp_path, head=head, **options)
     w = ours.llama.weights
-    for table in (w.embedding, w.head):
+    for table in (w.embedding, w.head, w.layers[0].gate_up):
         assert isinstance(table, QuantizedTensor)
-        assert (table.bits, table.group_size) == (8, group_size if group_size > 0 else ours.config.hidden_size)
+        assert (table.bits, table.group_size) == (int(head[3:]), group_size if group_size > 0 else ours.config.hidden_size)
+        assert (table.minimum is None) == (head == "int8" or symmetric is True)
     assert (w.head is w.embedding) == ours.config.tie_embeddings
     assert not isinstance(fastllm.load(tmp_path, **options).llama.weights.head, QuantizedTensor)
     ids = ids_of(2, 61)
     found = agreement(iter(exact.logits(ids)), iter(ours.logits(ids)))
     int4 = agreement(iter(exact.logits(ids)), iter(fastllm.load(tmp_path, weights="int4", group_size=32).logits(ids)))
-    assert 0 < found.rms_logit_error < int4.rms_logit_error
+    assert 0 < found.rms_logit_error < (1 if head == "int8" else 3) * int4.rms_logit_error
     with torch.inference_mode():
         step = DecodeStep(ours.llama, ours.llama.new_cache(1, 8))
         step([5])
     assert step._replay is not None  # no product is PyTorch's any more
-    with pytest.raises(ValueError, match="load: head is 'int4', expected None or 'int8'"):
-        fastllm.load(tmp_path, head="int4")
+    with pytest.raises(ValueError, match="load: head is 'int3', expected None, 'int8' or 'int4'"):
+        fastllm.load(tmp_path, head="int3")
+    with pytest.raises(ValueError, match="load: symmetric is 1.5, expected None, True or False"):
+        fastllm.load(tmp_path, head=head, symmetric=1.5)
 
 
 @pytest.mark.parametrize("weights", [None, "int8", "int4"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .common import Q4_0_BYTES, Q8_0_BYTES, Job, Tick, Variant, files_size, main
+import math
+
+from .common import Q4_0_BYTES, Q8_0_BYTES, SHAPES, Job, Tick, Variant, files_size, main
 
 NAME, ENVIRONMENT = "fastllm", None  # None: the Python that runs the harness
 VARIANTS = {
@@ -17,6 +19,15 @@ VARIANTS = {
     for form, bits, size in (("q4_0", 4, Q4_0_BYTES), ("q8_0", 8, Q8_0_BYTES))
     for activations in ("int8", "float")
 }
+# What GPTQ's checkpoints have by default, the head too; the group is the largest that divides the shape's rows.
+VARIANTS["int4_groups"] = Variant(
+    source="hf",
+    weights="int4, group 128 (135M: 64), symmetric; int8 activations, else bf16",
+    bits=4,
+    layer_bytes=0.5 + 2 / 128,
+    head_bytes=0.5 + 2 / 128,
+    settings={"activations": "int8", "weights": "int4", "head": "int4", "group_size": 128, "symmetric": True},
+)
 # What CTranslate2's and OpenVINO's int8 are: a scale a row.
 VARIANTS["int8_rows"] = Variant(
     source="hf",
@@ -41,7 +52,10 @@ class FastLLM:
         path = job.model / (f"{variant.source}.gguf" if stored else "hf")
         self.weights_bytes = path.stat().st_size if stored else files_size(path, "*.safetensors")
         dtypes = {"cache_dtype": torch.float16} if stored else {"dtype": torch.bfloat16}
-        self.llama = fastllm.load(path, context=job.capacity, **dtypes, **variant.settings).llama
+        settings = dict(variant.settings)
+        if settings.get("group_size", -1) > 0:
+            settings["group_size"] = math.gcd(settings["group_size"], SHAPES[job.shape].hidden_size)
+        self.llama = fastllm.load(path, context=job.capacity, **dtypes, **settings).llama
 
     def generate(self, prompts: list[list[int]], new_tokens: int, tick: Tick) -> list[list[int]]:
         from fastllm.generation.decode import DecodeStep

@@ -33,6 +33,7 @@ def load(
     weights: str | None = None,
     head: str | None = None,
     group_size: int = 64,
+    symmetric: bool | None = None,
     activations: str = "float",
     cache_dtype: torch.dtype | None = None,
     context: int | None = None,
@@ -46,9 +47,10 @@ def load(
         dtype: of activations and float weights: fp32|bf16|fp16; default: fp32 for a GGUF file or quantised weights, else
             the stored dtype.
         weights: None keeps what is stored; "int8" or "int4" quantises the layers' float matrices.
-        head: None keeps what is stored; "int8" quantises a float head and embedding, which are one matrix in many models. It is a
-            large part of what a small model reads for each token.
+        head: None keeps what is stored; "int8" or "int4" quantises a float head and embedding, which are one matrix in many models.
+            It is a large part of what a small model reads for each token.
         group_size: of these quantisations: 32, 64, 128, or -1 for whole rows.
+        symmetric: of these quantisations, as ``fastllm.quantize`` has it: without a minimum for each group. Default: for 8 bits.
         activations: "float", or "int8": quantised matrices then see their input rounded to int8, which is faster.
         cache_dtype: of keys and values: default dtype; bf16|fp16 with an fp32 dtype; or int8, with a scale for each token and head.
         context: most tokens in a sequence; default: the model's own, at most 8192.
@@ -62,8 +64,10 @@ def load(
         raise value_error("load", "activations", activations, "'float' or 'int8'")
     if weights not in (None, "int8", "int4"):
         raise value_error("load", "weights", weights, "None, 'int8' or 'int4'")
-    if head not in (None, "int8"):
-        raise value_error("load", "head", head, "None or 'int8'")
+    if head not in (None, "int8", "int4"):
+        raise value_error("load", "head", head, "None, 'int8' or 'int4'")
+    if symmetric not in (None, True, False):
+        raise value_error("load", "symmetric", symmetric, "None, True or False")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise dtype_error("load", "dtype", dtype, "torch.float32, torch.bfloat16 or torch.float16")
     if cache_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.int8):
@@ -84,7 +88,7 @@ def load(
     tokenizer = _tokenizer(checkpoint)
     _give_back_freed_memory()  # what a tokenizer needs for a moment, before the weights come
     bits = {None: None, "int8": 8, "int4": 4}
-    builder = _Builder(checkpoint.tensors, config, dtype, bits[weights], bits[head], group_size, device)
+    builder = _Builder(checkpoint.tensors, config, dtype, bits[weights], bits[head], group_size, symmetric, device)
     model_weights = builder.weights()
     tables = rope_tables(
         head_dim=config.head_dim,
@@ -153,9 +157,11 @@ class _Builder:
         bits: int | None,
         head_bits: int | None,
         group_size: int,
+        symmetric: bool | None,
         device: torch.device,
     ) -> None:
-        self.tensors, self.config, self.group_size, self.device = tensors, config, group_size, device
+        self.tensors, self.config, self.device = tensors, config, device
+        self.group_size, self.symmetric = group_size, symmetric
         self.bits, self.head_bits = bits, head_bits
         self.memory = HugePages()  # of all packed matrices
         if dtype is None:
@@ -219,7 +225,7 @@ class _Builder:
         part = self.tensors.rows(name, start, stop)
         if bits is None or isinstance(part, QuantizedTensor):
             return part
-        return quantize(part, bits, self.group_size)
+        return quantize(part, bits, self.group_size, symmetric=self.symmetric)
 
     def ranges(self, name: str, rows: int) -> Iterator[tuple[int, int]]:
         """Whole blocks of 16 rows, of about a million weights together: what is held beside the result stays in the cache."""
