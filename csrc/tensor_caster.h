@@ -195,9 +195,20 @@ inline void view_by_attributes(PyObject* object, TensorView& out) {
 
 namespace fastllm {
 
-// While a thread records kernel calls, every tensor that crosses is kept alive here: the calls point into it.
-inline std::vector<pybind11::object>*& keep_alive() {
-  static thread_local std::vector<pybind11::object>* tensors = nullptr;
+// While a thread records kernel calls, every tensor that crosses is kept alive here: the calls point into it. Not those
+// whose memory outlives them, if `lasts` says so of their address.
+struct KeptTensors {
+  std::vector<pybind11::object> tensors;
+  pybind11::object lasts = pybind11::none();
+
+  void add(pybind11::handle tensor, const void* data) {
+    if (!lasts.is_none() && pybind11::cast<bool>(lasts(reinterpret_cast<uintptr_t>(data)))) return;
+    tensors.push_back(pybind11::reinterpret_borrow<pybind11::object>(tensor));
+  }
+};
+
+inline KeptTensors*& keep_alive() {
+  static thread_local KeptTensors* tensors = nullptr;
   return tensors;
 }
 
@@ -223,7 +234,7 @@ struct type_caster<fastllm::TensorView> {
     if (value.data == nullptr && value.numel() != 0) {
       fastllm::refuse_storage(source.ptr(), "this one (a meta, fake or functional tensor) has only a shape");
     }
-    if (auto* tensors = fastllm::keep_alive()) tensors->push_back(reinterpret_borrow<object>(source));
+    if (auto* kept = fastllm::keep_alive()) kept->add(source, value.data);
     return true;
   }
 };

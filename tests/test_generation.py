@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import weakref
@@ -47,6 +48,9 @@ class Counting:
     def give_back(self, cache):
         assert cache is self.cache
         self.given_back = getattr(self, "given_back", 0) + 1
+
+    def scratch(self):
+        return contextlib.nullcontext()
 
     def hidden_states(self, ids, cache, places=None, *, last=False):
         for b in range(len(ids)):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fastllm
+from fastllm.backends import use_isa
 from fastllm.evaluation.quality import agreement, losses_of, perplexity, windows
 from fastllm.measure.check import check
 from fastllm.models import loading, reference_ops
@@ -383,6 +384,135 @@ def test_a_replayed_step_gives_the_bits_of_a_computed_one(name, activations, tmp
             cache.lengths += 1
     assert replayed._replay is not None
     assert computed._replay is None
+
+
+def prefilled(llama, prompts):
+    """The prompts' logits and their cache, computed from Python."""
+    cache, last = llama.new_cache(len(prompts), 60), []
+    for b, prompt in enumerate(prompts):
+        row = cache.row(b)
+        for part in torch.tensor([prompt]).split(llama.prefill_tokens, dim=1):
+            hidden = llama.hidden_states(part, row, last=True)[:, -1]
+            row.lengths += part.shape[1]
+        last.append(hidden)
+    return llama.head(torch.cat(last)), cache
+
+
+def same_cache(a, b):
+    """The tokens' slots; beyond, an int8 cache's scales are whatever."""
+    length = int(a.lengths.max())
+    assert a.lengths.tolist() == b.lengths.tolist()
+    return all(
+        torch.equal(x[:, :, :length], y[:, :, :length]) for c in zip(a.layers, b.layers) for x, y in zip(*c) if x is not None
+    )
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_replayed_prompt_gives_the_bits_of_a_computed_one(name, activations, cache_dtype, tmp_path, monkeypatch):
+    from fastllm.generation.prefill import prefill
+
+    save(ARCHITECTURES[name], tmp_path)
+    options = {"weights": "int4", "head": "int8", "group_size": 32, "activations": activations, "cache_dtype": cache_dtype}
+    llama = fastllm.load(tmp_path, **options).llama
+    monkeypatch.setattr(Llama, "prefill_tokens", 20)
+    for turn in range(4):
+        prompts = ids_of(2, 47, seed=turn).tolist()  # 20, 20 and 7 tokens of each
+        with torch.inference_mode():
+            cache = llama.new_cache(2, 60)
+            logits = prefill(llama, prompts, cache)
+            expected, other = prefilled(llama, prompts)
+        assert torch.equal(logits, expected)
+        assert same_cache(cache, other)
+        llama.give_back(cache)
+        assert len(cache.passes) == 4
+        assert [p._replay is not None for p in cache.passes.values()] == [True, turn > 0, True, turn > 0]
+        assert sorted(p._turn for p in cache.passes.values()) == [turn + 1] * 2 + [2 * turn + 2] * 2
+
+
+def test_a_prompts_recording_ends_with_what_it_was_made_of(tmp_path, monkeypatch):
+    from fastllm.generation import prefill as module
+
+    save(ARCHITECTURES["llama"], tmp_path)
+    llama = fastllm.load(tmp_path, weights="int4", head="int8", group_size=32, activations="int8").llama
+    other = fastllm.load(tmp_path, weights="int8", group_size=32).llama
+    threads = torch.get_num_threads()
+
+    def turn(seed, replayed):
+        prompt = ids_of(1, 37, seed=seed).tolist()
+        with torch.inference_mode():
+            cache = llama.new_cache(1, 60)
+            logits = module.prefill(llama, prompt, cache)
+            found = next(iter(cache.passes.values()))
+            expected, whole = prefilled(llama, prompt)
+        assert torch.equal(logits, expected)
+        assert same_cache(cache, whole)
+        llama.give_back(cache)
+        assert (found._turn > 2) == replayed
+        return found
+
+    try:
+        for seed in range(4):
+            turn(seed, seed >= 2)
+        llama.weights.layers[1] = other.weights.layers[1]
+        for seed in range(4):
+            turn(seed, seed >= 2)
+        llama.weights = replace(llama.weights, norm=llama.weights.norm * 2)
+        turn(4, False)
+        llama.activations = "float"
+        turn(5, False)
+        torch.set_num_threads(threads + 1)
+        turn(6, False)
+        with use_isa("scalar"):
+            turn(7, False)
+        assert turn(8, False)._replay is None
+        assert turn(9, False)._replay is not None
+        with torch.inference_mode():
+            llama.new_cache(1, 61)  # the used one was too small
+        turn(10, False)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_prompts_recording_writes_to_no_memory_that_something_uses(tmp_path):
+    from fastllm.generation.prefill import prefill
+
+    save(ARCHITECTURES["llama"], tmp_path)
+    llama = fastllm.load(tmp_path, weights="int4", head="int8", group_size=32, activations="int8").llama
+    logits, held = [], []
+    for seed in range(6):
+        prompt = ids_of(1, 200, seed=seed).tolist()
+        with torch.inference_mode():
+            cache = llama.new_cache(1, 256)
+            logits.append(prefill(llama, prompt, cache))
+            (found,) = cache.passes.values()
+            assert (found._replay is not None) == (seed > 0)
+        llama.give_back(cache)
+        if seed == 3:
+            with llama.scratch() as memory, memory.small_ones_too():
+                held = [memory.empty((p.size,), torch.uint8).fill_(7) for p in found._pieces]
+            assert {t.data_ptr() for t in held} == {p.address for p in found._pieces}
+    assert all(bool((t == 7).all()) for t in held)
+    fresh = fastllm.load(tmp_path, weights="int4", head="int8", group_size=32, activations="int8").llama
+    for seed, got in enumerate(logits):
+        with torch.inference_mode():
+            assert torch.equal(got, prefill(fresh, ids_of(1, 200, seed=seed).tolist(), fresh.new_cache(1, 256)))
+
+
+def test_a_prompt_that_pytorch_helps_with_is_not_replayed(tmp_path):
+    from fastllm.generation.prefill import prefill
+
+    save(ARCHITECTURES["llama"], tmp_path)
+    for options in ({}, {"weights": "int8", "group_size": 32}):  # layers of float matrices; an embedding of them
+        llama = fastllm.load(tmp_path, **options).llama
+        for seed in range(3):
+            with torch.inference_mode():
+                cache = llama.new_cache(1, 60)
+                prefill(llama, ids_of(1, 30, seed=seed).tolist(), cache)
+            llama.give_back(cache)
+            (found,) = cache.passes.values()
+            assert found._replay is None
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import re
+import threading
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastllm.pages import BLOCK, HUGE_PAGE, HugePages
+from fastllm.ops import _op
+from fastllm.pages import BLOCK, HUGE_PAGE, KEPT_PASSES, LEAST_PIECE, HugePages, Scratch
 
 
 def test_pieces_are_zero_aligned_apart_and_have_storages_of_their_own():
@@ -62,3 +64,63 @@ def test_linux_gives_huge_pages_where_it_gives_them_to_who_asks():
             huge = int(re.search(r"^AnonHugePages: *(\d+)", mapping, re.M).group(1))
     if not huge:
         pytest.skip("the system had none left")
+
+
+def test_a_piece_is_the_next_tensors_when_nothing_uses_it_any_more():
+    memory = Scratch()
+    n = LEAST_PIECE // 4
+    x = memory.empty((2, n), torch.float32)
+    assert (x.shape, x.dtype, x.is_contiguous(), x.data_ptr() % 64) == ((2, n), torch.float32, True, 0)
+    assert memory.holds(x.data_ptr())
+    assert not memory.holds(x.data_ptr() - 1)
+    assert not memory.holds(torch.zeros(n).data_ptr())
+    where, view = x.data_ptr(), x[1:, 5:].t()
+    del x
+    y = memory.empty((2 * n,), torch.float32)
+    assert y.data_ptr() != where  # the view is in use
+    assert not memory.free_pieces
+    del view
+    assert memory.empty((n + 1,), torch.int32).data_ptr() == where  # of another type, and smaller
+    assert memory.empty((n, 2), torch.float32).data_ptr() == where
+    small = memory.empty((n - 1,), torch.float32)
+    assert not memory.holds(small.data_ptr())  # the heap's
+    with memory.small_ones_too():
+        assert memory.empty((n - 1,), torch.float32).data_ptr() != where  # which is more than twice as large
+        assert memory.holds(memory.empty((n - 1,), torch.float32).data_ptr())
+    assert not memory.holds(memory.empty((n - 1,), torch.float32).data_ptr())
+    assert memory.empty((3, 0), torch.float32).shape == (3, 0)
+
+
+def test_pieces_that_no_pass_uses_are_given_back():
+    memory = Scratch()
+    size = 2 * LEAST_PIECE
+    memory.empty((4 * size,), torch.uint8)
+    held = memory.empty((size,), torch.uint8)
+    for _ in range(KEPT_PASSES):
+        memory.empty((size,), torch.uint8)
+        assert memory.nbytes == 6 * size
+        memory.end_pass()
+    memory.empty((size,), torch.uint8)
+    memory.end_pass()
+    assert memory.nbytes == size
+    held.fill_(3)
+    for _ in range(KEPT_PASSES + 1):
+        memory.end_pass()
+    assert memory.nbytes == 0
+    assert bool((held == 3).all())  # its memory lives as long as it does
+
+
+def test_ops_have_their_outputs_in_a_threads_scratch_memory():
+    memory, elsewhere = Scratch(), []
+    shape = (LEAST_PIECE // 4,)
+    with _op.outputs_in(memory):
+        assert memory.holds(_op.empty(shape, dtype=torch.float32).data_ptr())
+        thread = threading.Thread(target=lambda: elsewhere.append(_op.empty(shape, dtype=torch.float32)))
+        thread.start()
+        thread.join()
+        with _op.outputs_in(Scratch()):
+            assert not memory.holds(_op.empty(shape, dtype=torch.float32).data_ptr())
+        assert memory.holds(_op.empty(shape, dtype=torch.float32).data_ptr())
+    assert not memory.holds(elsewhere[0].data_ptr())
+    assert not memory.holds(_op.empty(shape, dtype=torch.float32).data_ptr())
+    assert _op.empty((), dtype=torch.int64).shape == ()

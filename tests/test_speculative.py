@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from copy import copy
@@ -46,6 +47,9 @@ class Table:
     def give_back(self, cache):
         assert cache is self.cache
         self.given_back = getattr(self, "given_back", 0) + 1
+
+    def scratch(self):
+        return contextlib.nullcontext()
 
     def hidden_states(self, ids, cache, places=None, *, last=False):
         at = cache.lengths[:, None] + torch.arange(ids.shape[1])

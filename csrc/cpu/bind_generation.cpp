@@ -58,8 +58,8 @@ int64_t argmax_row(const float* x, int64_t n) {
   return of_top;
 }
 
-// The same of a 16-bit float, whose bits are told by what they have for infinity: signs and magnitudes, as integers, are in
-// the order of the values, the two zeros alike.
+// The same of a 16-bit float, whose bits are told by what they have for infinity: signs and magnitudes, as integers,
+// are in the order of the values, the two zeros alike.
 template <typename Bits>
 Bits ordered(Bits bits, Bits infinity) {
   const Bits magnitude = bits & 0x7fff, sign = bits >> 15;
@@ -140,7 +140,8 @@ void bind_generation(py::module_& m) {
       [](const TensorView& x) {
         FASTLLM_CHECK((x.dtype == DType::f32 || x.dtype == DType::bf16 || x.dtype == DType::f16) && x.ndim > 0 &&
                           x.size(-1) > 0 && x.contiguous_from(0),
-                      "argmax: x is ", name(x.dtype), ", expected contiguous float32, bfloat16 or float16 (..., columns)");
+                      "argmax: x is ", name(x.dtype),
+                      ", expected contiguous float32, bfloat16 or float16 (..., columns)");
         const int64_t columns = x.size(-1);
         std::vector<int64_t> at;
         for (int64_t i = 0; i < x.numel(); i += columns) at.push_back(argmax_row(x, i, columns));

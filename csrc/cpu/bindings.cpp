@@ -64,7 +64,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_exchange_api", [](bool enabled) { return Boundary::get().use_exchange_api(enabled); });
   py::class_<Recording>(m, "Recording", "Kernel calls of this thread between start() and stop(), for replay().")
       .def(py::init<>())
-      .def("start", &Recording::start)
+      .def("start", &Recording::start, py::arg("lasts") = py::none(),
+           "Every tensor that crosses the boundary from now on is kept alive, but where lasts(address) is true.")
       .def_static("stop", &Recording::stop)
       .def("__len__", [](const Recording& recording) { return recording.calls.size(); })
       .def("replay",

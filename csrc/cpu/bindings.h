@@ -24,11 +24,12 @@ struct Recording {
     std::function<void()> run;
   };
   std::vector<Call> calls;
-  std::vector<py::object> tensors;  // everything that crossed the boundary meanwhile: the calls point into it
+  KeptTensors kept;  // what crossed the boundary meanwhile
 
-  void start() {
+  void start(const py::object& lasts) {
+    kept.lasts = lasts;
     active() = this;
-    keep_alive() = &tensors;
+    keep_alive() = &kept;
   }
   static void stop() {
     active() = nullptr;

@@ -1,16 +1,27 @@
-"""The prompts' forward passes."""
+"""The prompts' forward passes, recorded on the CPU and replayed as decode steps are.
+
+Between a pass's kernels Python takes some 30 us each, when they have driven it out of the caches. The pieces of a long prompt are
+passes of the same length in the same memory, and so are prompts of one length whose caches have the same memory: the second such
+pass is written down, later ones repeat its calls. Only a pass of kernels alone can be; see ``fastllm.generation.decode``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..backends import cpu_module, forced_backend
+from ..nn.cache import Places
+from ..pages import Piece, Scratch
 from .decode import Decoder
 
 __all__ = ["prefill"]
+
+KEPT_PASSES = 4  # of different lengths, in a cache's memory
 
 
 def prefill(model: Decoder, prompts: Sequence[Sequence[int]], cache: Any) -> Tensor:
@@ -19,11 +30,89 @@ def prefill(model: Decoder, prompts: Sequence[Sequence[int]], cache: Any) -> Ten
     One prompt after the other: none is padded to the longest, and each gets the keys and values that it would get alone.
     """
     last, chunk = [], model.prefill_tokens
-    for b, prompt in enumerate(prompts):
-        row = cache.row(b)
-        for start in range(0, len(prompt), chunk):
-            ids = torch.tensor([prompt[start : start + chunk]], device=model.device)
-            hidden = model.hidden_states(ids, row, last=True)[:, -1]
-            row.lengths += ids.shape[1]
-        last.append(hidden)
+    with model.scratch() as memory:
+        for b, prompt in enumerate(prompts):
+            row = cache.row(b)
+            for start in range(0, len(prompt), chunk):
+                tokens = prompt[start : start + chunk]
+                if memory is None or torch.is_grad_enabled():
+                    ids = torch.tensor([tokens], device=model.device)
+                    hidden = model.hidden_states(ids, row, last=True)[:, -1]
+                else:
+                    hidden = _pass_of(model, row, len(tokens), memory)(model, row, tokens)
+                row.lengths += len(tokens)
+            last.append(hidden)
     return model.head(torch.cat(last))
+
+
+def _pass_of(model: Decoder, row: Any, tokens: int, memory: Scratch) -> _PromptPass:
+    """The pass of so many tokens, a new one where the last such pass was not the same in everything but its numbers."""
+    passes: dict[Any, _PromptPass] = row.passes
+    key = (tokens, row.capacity, row.layers[0].keys.data_ptr())
+    state = _state_of(model, memory)
+    found = passes.get(key)
+    if found is None or len(found.state) != len(state) or any(a is not b for a, b in zip(found.state, state)):
+        if found is not None or len(passes) >= KEPT_PASSES:
+            passes.clear()
+        found = passes[key] = _PromptPass(tokens, row.capacity, memory, state)
+    return found
+
+
+def _state_of(model: Decoder, memory: Scratch) -> tuple[object, ...]:
+    """What a pass's calls depend on beside its places: objects, which are to be the same ones, and what small numbers and interned
+    strings stand for."""
+    module = cpu_module()
+    isa = None if module is None else sys.intern(module.active_isa())
+    return (memory, torch.get_num_threads(), isa, forced_backend(), *model.parts)
+
+
+class _PromptPass:
+    """The hidden state after the next ``tokens`` of one sequence. It knows its cache's memory, but neither cache nor model: both
+    know it."""
+
+    def __init__(self, tokens: int, capacity: int, memory: Scratch, state: tuple[object, ...]) -> None:
+        self.state = state
+        self._memory = memory
+        self._ids = torch.zeros(1, tokens, dtype=torch.int64)
+        self._last = torch.tensor([tokens])
+        self._places = Places(torch.zeros_like(self._ids), torch.zeros(1, 1, dtype=torch.int64), capacity)
+        self._turn = 0
+        self._hidden: Tensor | None = None  # of the recording
+        self._replay: Callable[[], None] | None = None
+        self._pieces: list[Piece] = []  # of memory, where the recorded calls write
+
+    def __call__(self, model: Decoder, row: Any, tokens: Sequence[int]) -> Tensor:
+        """(1, hidden), in memory of its own."""
+        module, places = cpu_module(), self._places
+        if module is None:
+            self._ids.copy_(torch.tensor([tokens]))
+            places.positions.copy_(row.lengths[:, None] + torch.arange(len(tokens)))
+            places.kv_lens.copy_(row.lengths[:, None] + self._last)  # type: ignore[union-attr]
+            return self._computed(model, row)
+        module.place_tokens(tokens, row.lengths, self._last, self._ids, places.positions, places.kv_lens)
+        self._turn += 1
+        if self._turn == 2:
+            return self._recorded(module, model, row)
+        # A piece that something uses since must not be written to.
+        if self._replay is None or self._hidden is None or any(piece.owner() is not None for piece in self._pieces):
+            return self._computed(model, row)
+        self._replay()
+        for piece in self._pieces:
+            piece.idle = 0
+        return self._hidden.clone()
+
+    def _computed(self, model: Decoder, row: Any) -> Tensor:
+        return model.hidden_states(self._ids, row, self._places, last=True)[:, -1]
+
+    def _recorded(self, module: Any, model: Decoder, row: Any) -> Tensor:
+        """Computes the pass while the compiled module writes its calls down."""
+        recording = module.Recording()
+        with self._memory.small_ones_too():
+            recording.start(self._memory.holds)
+            try:
+                hidden = self._computed(model, row)
+            finally:
+                recording.stop()
+        if len(recording) == model.kernel_calls - 1:  # the head is not among them
+            self._hidden, self._replay, self._pieces = hidden, recording.replay, self._memory.free_pieces
+        return hidden.clone()

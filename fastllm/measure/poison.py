@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,9 +22,9 @@ class Poisoned:
     def __init__(self) -> None:
         self._handed_out: list[Tensor] = []
 
-    def empty(self, *shape: Any, dtype: torch.dtype, device: Any = None) -> Tensor:
-        """In place of torch.empty: NaN (0x5A in integers), and as many guards before and after."""
-        size = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        """In place of ``_op.empty``: NaN (0x5A in integers), and as many guards before and after."""
+        size = torch.Size(shape)
         fill = float("nan") if dtype.is_floating_point else (True if dtype == torch.bool else _BYTE)
         memory = torch.full((size.numel() + 2 * GUARD,), fill, dtype=dtype, device=device)
         self._handed_out.append(memory)
@@ -54,7 +53,7 @@ class Poisoned:
 def poisoned() -> Iterator[Poisoned]:
     """Every output that an op allocates through ``_op.empty`` in this context is poisoned and guarded."""
     before, memory = _op.empty, Poisoned()
-    _op.empty = memory.empty  # type: ignore[assignment]
+    _op.empty = memory.empty
     try:
         yield memory
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,17 @@ from torch import Tensor
 from .. import ops as fused_ops
 from ..nn.cache import CachedLayer, KVCache, Places
 from ..nn.rope import RopeTables
+from ..ops._op import outputs_in
 from ..ops.attention.native import DECODE_ROWS
+from ..pages import Scratch
 from ..quant import Int8Activations, QuantizedTensor, activation_group
 from .loaders import ModelConfig
 
 __all__ = ["Layer", "Llama", "Weights"]
 
-WIDEST_ACTIVATION = 16 << 20  # bytes, of a prompt's tokens
+WIDEST_ACTIVATION = 8 << 20  # bytes, of a prompt's tokens
 KEPT_CACHE = 256 << 20  # bytes, at most, of a used cache that waits for the next one
+KEPT_SCRATCH = 64 << 20  # and of a prompt's activations
 
 Weight = Tensor | QuantizedTensor  # (N, K)
 
@@ -81,6 +85,7 @@ class Llama:
         self.dtype, self.cache_dtype = dtype, cache_dtype or dtype
         self.activations, self.ops = activations, ops
         self._used_cache: deque[KVCache] = deque(maxlen=1)  # whose methods are atomic: threads may share a model
+        self._used_scratch: deque[Scratch] = deque(maxlen=1)
 
     @property
     def kernel_calls(self) -> int:
@@ -92,8 +97,8 @@ class Llama:
     def prefill_tokens(self) -> int:
         """Tokens of a prompt that go through the model at once. On a CPU as many as the matrix kernels take in one pass over the
         weights: with fewer, unpacking weights and calling kernels from Python (tens of microseconds each, once weights have gone
-        through the caches) would show. Half as many where the widest activation would be so large that glibc has it from the system
-        each time, pages to be cleared (``loading._keep_freed_memory``). A GPU needs more to be busy."""
+        through the caches) would show. Half as many where the widest activation would show in the process's peak memory, which costs
+        some 3 % of the speed. A GPU needs more to be busy."""
         if self.device.type != "cpu":
             return 2048
         widest = 512 * 2 * self.config.intermediate_size * self.dtype.itemsize
@@ -120,6 +125,27 @@ class Llama:
         cache = cache.whole or cache
         if self.device.type == "cpu" and cache.nbytes <= KEPT_CACHE:
             self._used_cache.append(cache)
+
+    @property
+    def parts(self) -> tuple[object, ...]:
+        """What hidden_states computes with: as long as these are the same objects, its calls for the same places are the same."""
+        return (self.weights, *self.weights.layers, self.rope, self.ops, self.activations, self.dtype, self.config)
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Scratch | None]:
+        """A context for passes of many tokens: their activations go into the memory of the last one's, which the model keeps. On a
+        GPU there is none: PyTorch's allocator does that."""
+        if self.device.type != "cpu":
+            yield None
+            return
+        memory = Scratch()
+        with contextlib.suppress(IndexError):
+            memory = self._used_scratch.pop()
+        with outputs_in(memory):
+            yield memory
+        memory.end_pass()
+        if memory.nbytes <= KEPT_SCRATCH:
+            self._used_scratch.append(memory)
 
     def query_runs(self, tokens: int) -> int:
         """In how many runs attention is to take a sequence's next ``tokens`` queries (``Places.kv_lens``), so that each of them gets

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator
 from os import PathLike
 from typing import cast
@@ -103,8 +102,6 @@ def load(
     llama = Llama(config, model_weights, tables, dtype=builder.dtype, cache_dtype=cache_dtype, activations=activations)
     del checkpoint, builder  # the file's metadata, a vocabulary among it
     _give_back_freed_memory()
-    if device.type == "cpu":
-        _keep_freed_memory()
     return LanguageModel(llama, tokenizer, context)
 
 
@@ -125,18 +122,6 @@ def _give_back_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _keep_freed_memory() -> None:
-    """From now on the process keeps up to 64 MiB of what it frees. A prompt's activations are allocated anew in each layer: glibc
-    would hand some of their pages back and ask for them again, and the system takes longer to clear a page than a kernel to fill it.
-    Where MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ is set, that stays as it is."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ):
-        return
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-    mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes; setting either ends its own adjusting of both
-    mallopt(M_TRIM_THRESHOLD, 64 << 20)
 
 
 def _tokenizer(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,6 +93,7 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.int64)
         self.capacity = capacity
         self.whole: KVCache | None = None  # whose memory this uses a part of
+        self.passes: dict[Any, Any] = {}  # what has been recorded of prompts in this memory (fastllm.generation.prefill)
 
     @property
     def batch(self) -> int:

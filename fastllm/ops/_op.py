@@ -8,7 +8,9 @@ refusal, and the same backends behind it. docs/architecture.md has the microseco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch.library import Library
 from .. import backends as _backends
 from ..backends import Backend
 from ..errors import no_backend_error
+from ..pages import Scratch
 from ._launch import gpu_of
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "Op",
     "empty",
     "note_write",
+    "outputs_in",
     "refuse_gradient",
     "refuse_unless_cpu",
     "refuse_unless_cuda",
@@ -35,8 +39,36 @@ __all__ = [
 _library = Library("fastllm", "DEF")
 OPS: dict[str, Op] = {}
 
-# Every output is allocated through this name, so that tests can hand out poisoned memory with guards around it.
-empty = torch.empty
+
+class _Here(threading.local):
+    """What holds for this thread."""
+
+    scratch: Scratch | None = None
+
+
+_here = _Here()
+_empty = torch.empty
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    """Every output is allocated through this name, so that tests can hand out poisoned memory with guards around it."""
+    scratch = _here.scratch
+    if scratch is not None and (device is None or device.type == "cpu"):
+        return scratch.empty(shape, dtype)
+    if not shape:
+        return _empty((), dtype=dtype, device=device)
+    return _empty(*shape, dtype=dtype, device=device)  # faster than torch.empty(shape)
+
+
+@contextlib.contextmanager
+def outputs_in(scratch: Scratch) -> Iterator[None]:
+    """Ops called in this context, by this thread, have their CPU outputs in this memory."""
+    before, _here.scratch = _here.scratch, scratch
+    try:
+        yield
+    finally:
+        _here.scratch = before
+
 
 _forced_get = _backends._forced.get
 _cuda_runs_here = _backends.cuda_executor()

@@ -68,7 +68,7 @@ def cross_entropy(
     if weight.dtype in (torch.bfloat16, torch.float16):
         columns = min(columns, WIDENED // k)
     columns = max(columns // SEGMENT, 1) * SEGMENT
-    tile = None if scale is not None else _op.empty(min(M, ROWS) * min(columns, n), dtype=torch.float32)
+    tile = None if scale is not None else _op.empty((min(M, ROWS) * min(columns, n),), dtype=torch.float32)
     for first in range(0, n, columns):
         last = min(first + columns, n)
         if tile is not None:
