@@ -19,10 +19,22 @@ FASTLLM_INLINE float number_at(const void* p, DType dtype, int64_t i) {
   return static_cast<const float*>(p)[i];
 }
 
-template <typename T>
+// y[0 .. n) of a group, n at most a line's columns; a line has four bytes of the row.
+template <int kBits, typename T>
+FASTLLM_INLINE void line_columns(const uint8_t* line, int zero, float scale, float minimum, T* y, int64_t n) {
+  constexpr int kColumns = kBits == 4 ? 8 : 4;
+#pragma GCC unroll 8
+  for (int j = 0; j < kColumns; ++j) {
+    if (j >= n) return;
+    const int q = kBits == 8 ? line[j] : j < 4 ? line[j] & 15 : line[j - 4] >> 4;
+    from_float(static_cast<float>(q - zero) * scale + minimum, y[j]);
+  }
+}
+
+template <int kBits, typename T>
 void embedding_rows(const EmbeddingArgs& a, int64_t begin, int64_t end) {
-  const int64_t groups = a.K / a.group_size, line_k = a.bits == 4 ? 8 : 4;  // columns in a line
-  const int64_t lines = (a.K + 7) / 8 * 8 / line_k;                         // of a block; K is padded to 8
+  constexpr int64_t kColumns = kBits == 4 ? 8 : 4;                                  // in a line
+  const int64_t groups = a.K / a.group_size, lines = (a.K + 7) / 8 * 8 / kColumns;  // of a block; K is padded to 8
   for (int64_t i = begin; i < end; ++i) {
     const int64_t block = a.ids[i] / kBlockRows, row = a.ids[i] % kBlockRows;
     const uint8_t* line = a.data + block * lines * kLineBytes + row * 4;
@@ -31,11 +43,13 @@ void embedding_rows(const EmbeddingArgs& a, int64_t begin, int64_t end) {
       const int64_t at = (block * groups + g) * kBlockRows + row;
       const float scale = number_at(a.scale, a.scale_dtype, at);
       const float minimum = a.minimum ? number_at(a.minimum, a.scale_dtype, at) : 0.0f;
-      for (int64_t k = g * a.group_size; k < (g + 1) * a.group_size; ++k) {
-        const uint8_t byte = line[k / line_k * kLineBytes + k % 4];
-        const int q = a.bits == 8 ? byte : k % 8 < 4 ? byte & 15 : byte >> 4;
-        from_float(static_cast<float>(q - a.zero) * scale + minimum, y[k]);
+      // A group begins with a line: there is one alone, or its size is a multiple of 32.
+      int64_t k = g * a.group_size;
+      const int64_t stop = k + a.group_size;
+      for (; k + kColumns <= stop; k += kColumns) {
+        line_columns<kBits>(line + k / kColumns * kLineBytes, a.zero, scale, minimum, y + k, kColumns);
       }
+      if (k < stop) line_columns<kBits>(line + k / kColumns * kLineBytes, a.zero, scale, minimum, y + k, stop - k);
     }
   }
 }
@@ -45,7 +59,8 @@ void embedding_rows(const EmbeddingArgs& a, int64_t begin, int64_t end) {
 void embedding(const EmbeddingArgs& a) {
   const int64_t tokens_a_chunk = 1 + 8192 / a.K;
   parallel_for(a.count, tokens_a_chunk, a.threads, [&](int64_t begin, int64_t end) {
-#define FASTLLM_BODY(T) embedding_rows<decltype(T)>(a, begin, end)
+#define FASTLLM_BODY(T) \
+  a.bits == 8 ? embedding_rows<8, decltype(T)>(a, begin, end) : embedding_rows<4, decltype(T)>(a, begin, end)
     FASTLLM_FOR_FLOAT(a.y_dtype, FASTLLM_BODY)
 #undef FASTLLM_BODY
   });

@@ -62,8 +62,9 @@ FASTLLM_INLINE bool quantize_four(const T* x, int64_t n, int8_t* q, float* group
   for (int g = 0; g < 4; ++g) {
     vf even = zero(), odd = zero();
     for (int64_t i = 0; i < n; i += 2 * kWidth) {
-      even = max_magnitude(load(x + g * n + i), even);
-      odd = max_magnitude(load(x + g * n + i + kWidth), odd);
+      const pair two = load_pair(x + g * n + i);
+      even = max_magnitude(two.first, even);
+      odd = max_magnitude(two.second, odd);
     }
     largest[g] = max_magnitude(even, odd);
   }
@@ -79,11 +80,8 @@ FASTLLM_INLINE bool quantize_four(const T* x, int64_t n, int8_t* q, float* group
     const vf scale = set1(inverse[g]);
     sum[g] = zero();
     for (int64_t i = 0; i < n; i += 2 * kWidth) {
-      const vf even = round_nearest(load(x + g * n + i) * scale),
-               odd = round_nearest(load(x + g * n + i + kWidth) * scale);
-      store(q + g * n + i, even);
-      store(q + g * n + i + kWidth, odd);
-      sum[g] = sum[g] + (even + odd);
+      const pair two = load_pair(x + g * n + i);
+      sum[g] = store_rounded(T{}, q + g * n + i, {two.first * scale, two.second * scale}, sum[g]);
     }
   }
   reduce_add4(sum[0], sum[1], sum[2], sum[3], sums);

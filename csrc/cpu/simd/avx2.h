@@ -54,6 +54,16 @@ FASTLLM_INLINE vf load_n(const float* p, int64_t n) { return {_mm256_maskload_ps
 FASTLLM_INLINE void store(float* p, vf a) { _mm256_storeu_ps(p, a.v); }
 FASTLLM_INLINE void store_n(float* p, vf a, int64_t n) { _mm256_maskstore_ps(p, lane_mask(n), a.v); }
 
+// A pair of load_pair(bf16) to int8, in the order of the columns; their sum joins `sum`.
+FASTLLM_INLINE vf store_rounded(bf16, int8_t* p, pair a, vf sum) {
+  const __m256i even = _mm256_cvtps_epi32(a.first.v), odd = _mm256_cvtps_epi32(a.second.v);
+  const __m256i low = _mm256_set1_epi32(0xff);
+  const __m256i both = _mm256_or_si256(_mm256_and_si256(even, low), _mm256_slli_epi32(_mm256_and_si256(odd, low), 8));
+  const __m128i bytes = _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+  return {_mm256_add_ps(sum.v, _mm256_cvtepi32_ps(_mm256_add_epi32(even, odd)))};
+}
+
 template <typename Half>
 FASTLLM_INLINE vf load(const Half* p) {
   return widen(Half{}, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

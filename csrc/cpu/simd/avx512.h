@@ -118,6 +118,14 @@ FASTLLM_INLINE void store_n(int8_t* p, vf a, int64_t n) {
   _mm_mask_storeu_epi8(p, lane_mask(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
 
+// A pair of load_pair(bf16) to int8, in the order of the columns; their sum joins `sum`.
+FASTLLM_INLINE vf store_rounded(bf16, int8_t* p, pair a, vf sum) {
+  const __m512i even = _mm512_cvtps_epi32(a.first.v), odd = _mm512_cvtps_epi32(a.second.v);
+  const __m512i both = _mm512_or_si512(_mm512_and_si512(even, _mm512_set1_epi32(0xff)), _mm512_slli_epi32(odd, 8));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(both));
+  return {_mm512_add_ps(sum.v, _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)))};
+}
+
 // Four vectors, one after the other.
 FASTLLM_INLINE void store4(int8_t* p, vf a, vf b, vf c, vf d) {
   store(p, a);

@@ -77,6 +77,14 @@ FASTLLM_INLINE void store_clean(T* p, pair a) {
   store(p, a.first);
   store(p + kWidth, a.second);
 }
+// A pair of load_pair(T) to int8, in the order of the columns; their sum joins `sum`.
+template <typename T>
+FASTLLM_INLINE vf store_rounded(T, int8_t* p, pair a, vf sum) {
+  const vf first = round_nearest(a.first), second = round_nearest(a.second);
+  store(p, first);
+  store(p + kWidth, second);
+  return sum + (first + second);
+}
 template <typename T>
 FASTLLM_INLINE pair round_clean(T, pair a) {
   return {round_clean(T{}, a.first), round_clean(T{}, a.second)};
