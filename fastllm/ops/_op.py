@@ -186,6 +186,9 @@ class Op:
     def choose(self, args: Sequence[Any]) -> Backend:
         """The backend that serves these prepared arguments. Raises NotImplementedError with every reason if none does."""
         forced = _forced_get()
+        first = self.backends[0]
+        if forced is None and first.refuse(*args) is None:  # nearly always
+            return first
         reasons = {}
         for backend in self.backends:
             if forced is not None and backend.name != forced:
