@@ -80,6 +80,7 @@ class Variant:
         layer_bytes, head_bytes: bytes a weight of the layers' matrices and of the output matrix, scales included: what a decode
             step has to read.
         threads: where the engine is best with another number than the others.
+        in_pieces: it quantises a float checkpoint tensor by tensor, so that memory need not hold it.
     """
 
     source: str
@@ -88,6 +89,7 @@ class Variant:
     layer_bytes: float
     head_bytes: float
     threads: int | None = None
+    in_pieces: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
 

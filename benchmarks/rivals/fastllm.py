@@ -26,6 +26,7 @@ VARIANTS["int4_groups"] = Variant(
     bits=4,
     layer_bytes=0.5 + 2 / 128,
     head_bytes=0.5 + 2 / 128,
+    in_pieces=True,
     settings={"activations": "int8", "weights": "int4", "head": "int4", "group_size": 128, "symmetric": True},
 )
 # What CTranslate2's and OpenVINO's int8 are: a scale a row.
@@ -35,6 +36,7 @@ VARIANTS["int8_rows"] = Variant(
     bits=8,
     layer_bytes=1.0,
     head_bytes=1.0,
+    in_pieces=True,
     settings={"activations": "int8", "weights": "int8", "head": "int8", "group_size": -1},
 )
 

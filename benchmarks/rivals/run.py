@@ -60,7 +60,7 @@ class Entry:
 
     def refusal(self) -> str | None:
         """Why it is not even started."""
-        if self.shape == "8b" and self.details.source == "hf":
+        if self.shape == "8b" and self.details.source == "hf" and not self.details.in_pieces:
             return "converting or holding 16 GB of bf16 weights takes more memory than this harness may use; it reads no GGUF"
         environment = self.module.ENVIRONMENT
         return environments.missing(environment) if environment else None

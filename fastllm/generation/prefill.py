@@ -1,6 +1,6 @@
 """The prompts' forward passes, recorded on the CPU and replayed as decode steps are.
 
-Between a pass's kernels Python takes some 30 us each, when they have driven it out of the caches. The pieces of a long prompt are
+Between a pass's kernels Python takes tens of microseconds each, when they have driven it out of the caches. The pieces of a long prompt are
 passes of the same length in the same memory, and so are prompts of one length whose caches have the same memory: the second such
 pass is written down, later ones repeat its calls. Only a pass of kernels alone can be; see ``fastllm.generation.decode``.
 """
