@@ -20,6 +20,7 @@ LINE = 64  # bytes of a cache line: what every piece is aligned to
 BLOCK = 32 * HUGE_PAGE  # of addresses; memory is taken page by page, as it is written to
 LEAST_PIECE = 1 << 20  # bytes: what the heap would give back to the system
 KEPT_PASSES = 8
+KEPT_SCRATCH = 128 << 20  # bytes, at most, of scratch memory that waits for the next pass
 
 
 class HugePages:
@@ -99,6 +100,10 @@ class Scratch:
     @property
     def nbytes(self) -> int:
         return sum(piece.size for piece in self._pieces)
+
+    @property
+    def worth_keeping(self) -> bool:
+        return self.nbytes <= KEPT_SCRATCH
 
     def end_pass(self) -> None:
         """Gives back the pieces that no pass has used for some time: a shorter prompt between long ones does not need all."""

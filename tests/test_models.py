@@ -500,6 +500,22 @@ def test_a_prompts_recording_writes_to_no_memory_that_something_uses(tmp_path):
             assert torch.equal(got, prefill(fresh, ids_of(1, 200, seed=seed).tolist(), fresh.new_cache(1, 256)))
 
 
+def test_scratch_memory_of_a_large_prompt_is_not_kept(tmp_path, monkeypatch):
+    from fastllm import pages
+    from fastllm.generation.prefill import prefill
+
+    save(ARCHITECTURES["llama"], tmp_path)
+    llama = fastllm.load(tmp_path, weights="int4", head="int8", group_size=32, activations="int8").llama
+    monkeypatch.setattr(Llama, "prefill_tokens", 20)
+    for most, kept in ((pages.KEPT_SCRATCH, True), (0, False)):
+        monkeypatch.setattr(pages, "KEPT_SCRATCH", most)
+        with torch.inference_mode():
+            cache = llama.new_cache(1, 60)
+            prefill(llama, ids_of(1, 60).tolist(), cache)
+        assert (bool(cache.passes), bool(llama._used_scratch)) == (kept, kept)
+        llama.give_back(cache)
+
+
 def test_a_prompt_that_pytorch_helps_with_is_not_replayed(tmp_path):
     from fastllm.generation.prefill import prefill
 

@@ -42,6 +42,8 @@ def prefill(model: Decoder, prompts: Sequence[Sequence[int]], cache: Any) -> Ten
                     hidden = _pass_of(model, row, len(tokens), memory)(model, row, tokens)
                 row.lengths += len(tokens)
             last.append(hidden)
+    if memory is not None and not memory.worth_keeping:  # the recordings would keep it
+        cache.passes.clear()
     return model.head(torch.cat(last))
 
 

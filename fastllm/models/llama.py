@@ -29,7 +29,6 @@ __all__ = ["Layer", "Llama", "Weights"]
 
 WIDEST_ACTIVATION = 8 << 20  # bytes, of a prompt's tokens
 KEPT_CACHE = 256 << 20  # bytes, at most, of a used cache that waits for the next one
-KEPT_SCRATCH = 64 << 20  # and of a prompt's activations
 
 Weight = Tensor | QuantizedTensor  # (N, K)
 
@@ -144,7 +143,7 @@ class Llama:
         with outputs_in(memory):
             yield memory
         memory.end_pass()
-        if memory.nbytes <= KEPT_SCRATCH:
+        if memory.worth_keeping:
             self._used_scratch.append(memory)
 
     def query_runs(self, tokens: int) -> int:
