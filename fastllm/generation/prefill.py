@@ -29,17 +29,17 @@ def prefill(model: Decoder, prompts: Sequence[Sequence[int]], cache: Any) -> Ten
 
     One prompt after the other: none is padded to the longest, and each gets the keys and values that it would get alone.
     """
-    last, chunk = [], model.prefill_tokens
+    last, chunk, module = [], model.prefill_tokens, cpu_module()
     with model.scratch() as memory:
         for b, prompt in enumerate(prompts):
             row = cache.row(b)
             for start in range(0, len(prompt), chunk):
                 tokens = prompt[start : start + chunk]
-                if memory is None or torch.is_grad_enabled():
+                if memory is None or module is None or torch.is_grad_enabled():
                     ids = torch.tensor([tokens], device=model.device)
                     hidden = model.hidden_states(ids, row, last=True)[:, -1]
                 else:
-                    hidden = _pass_of(model, row, len(tokens), memory)(model, row, tokens)
+                    hidden = _pass_of(module, model, row, len(tokens), memory)(module, model, row, tokens)
                 row.lengths += len(tokens)
             last.append(hidden)
     if memory is not None and not memory.worth_keeping:  # the recordings would keep it
@@ -47,25 +47,18 @@ def prefill(model: Decoder, prompts: Sequence[Sequence[int]], cache: Any) -> Ten
     return model.head(torch.cat(last))
 
 
-def _pass_of(model: Decoder, row: Any, tokens: int, memory: Scratch) -> _PromptPass:
+def _pass_of(module: Any, model: Decoder, row: Any, tokens: int, memory: Scratch) -> _PromptPass:
     """The pass of so many tokens, a new one where the last such pass was not the same in everything but its numbers."""
     passes: dict[Any, _PromptPass] = row.passes
     key = (tokens, row.capacity, row.layers[0].keys.data_ptr())
-    state = _state_of(model, memory)
+    # What its calls depend on beside its places: the same objects, small numbers and interned strings among them.
+    state = (memory, torch.get_num_threads(), sys.intern(module.active_isa()), forced_backend(), *model.parts)
     found = passes.get(key)
     if found is None or len(found.state) != len(state) or any(a is not b for a, b in zip(found.state, state)):
         if found is not None or len(passes) >= KEPT_PASSES:
             passes.clear()
         found = passes[key] = _PromptPass(tokens, row.capacity, memory, state)
     return found
-
-
-def _state_of(model: Decoder, memory: Scratch) -> tuple[object, ...]:
-    """What a pass's calls depend on beside its places: objects, which are to be the same ones, and what small numbers and interned
-    strings stand for."""
-    module = cpu_module()
-    isa = None if module is None else sys.intern(module.active_isa())
-    return (memory, torch.get_num_threads(), isa, forced_backend(), *model.parts)
 
 
 class _PromptPass:
@@ -83,14 +76,9 @@ class _PromptPass:
         self._replay: Callable[[], None] | None = None
         self._pieces: list[Piece] = []  # of memory, where the recorded calls write
 
-    def __call__(self, model: Decoder, row: Any, tokens: Sequence[int]) -> Tensor:
+    def __call__(self, module: Any, model: Decoder, row: Any, tokens: Sequence[int]) -> Tensor:
         """(1, hidden), in memory of its own."""
-        module, places = cpu_module(), self._places
-        if module is None:
-            self._ids.copy_(torch.tensor([tokens]))
-            places.positions.copy_(row.lengths[:, None] + torch.arange(len(tokens)))
-            places.kv_lens.copy_(row.lengths[:, None] + self._last)  # type: ignore[union-attr]
-            return self._computed(model, row)
+        places = self._places
         module.place_tokens(tokens, row.lengths, self._last, self._ids, places.positions, places.kv_lens)
         self._turn += 1
         if self._turn == 2:

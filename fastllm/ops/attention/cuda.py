@@ -123,7 +123,7 @@ def attention(
     if _decodes(T, H // Hk):
         split_keys = _cuda.attention_split_keys(S, Hk, q.device.index or 0)
         splits = max(1, -(-S // split_keys))
-        parts = _op.empty(B * H * T * splits * (D + 2), dtype=torch.float32, device=q.device)
+        parts = _op.empty((B * H * T * splits * (D + 2),), dtype=torch.float32, device=q.device)
     _cuda.attention(
         q, k, v, kv_lens, sinks, block_table, k_scale, v_scale, o, parts, causal,
         math.ceil(window or 0), scaled, softcap is not None, factor, softcap or 0.0, exponent, split_keys,
