@@ -1,5 +1,6 @@
 """Memory in pages of 2 MiB, where Linux gives them to who asks: a decode step reads all weights and the cache once, and in pages of
-4 KiB it waits for addresses, and starts the hardware's prefetching anew on each page."""
+4 KiB it waits for addresses, and starts the hardware's prefetching anew on each page. And memory
+for what comes and goes, whose pages the system need not clear each time."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ HUGE_PAGE = 2 << 20
 LINE = 64  # bytes of a cache line: what every piece is aligned to
 BLOCK = 32 * HUGE_PAGE  # of addresses; memory is taken page by page, as it is written to
 LEAST_PIECE = 1 << 20  # bytes: what the heap would give back to the system
-KEPT_PASSES = 8
+IDLE_PASSES = 8  # after so many without use a piece is given back
 KEPT_SCRATCH = 128 << 20  # bytes, at most, of scratch memory that waits for the next pass
 
 
@@ -107,7 +108,7 @@ class Scratch:
 
     def end_pass(self) -> None:
         """Gives back the pieces that no pass has used for some time: a shorter prompt between long ones does not need all."""
-        self._pieces = [piece for piece in self._pieces if piece.idle < KEPT_PASSES]
+        self._pieces = [piece for piece in self._pieces if piece.idle < IDLE_PASSES]
         for piece in self._pieces:
             piece.idle += 1
 

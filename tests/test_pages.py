@@ -1,4 +1,4 @@
-"""Memory in huge pages."""
+"""Memory in huge pages, and memory that is used again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastllm.ops import _op
-from fastllm.pages import BLOCK, HUGE_PAGE, KEPT_PASSES, LEAST_PIECE, HugePages, Scratch
+from fastllm.pages import BLOCK, HUGE_PAGE, IDLE_PASSES, LEAST_PIECE, HugePages, Scratch
 
 
 def test_pieces_are_zero_aligned_apart_and_have_storages_of_their_own():
@@ -96,7 +96,7 @@ def test_pieces_that_no_pass_uses_are_given_back():
     size = 2 * LEAST_PIECE
     memory.empty((4 * size,), torch.uint8)
     held = memory.empty((size,), torch.uint8)
-    for _ in range(KEPT_PASSES):
+    for _ in range(IDLE_PASSES):
         memory.empty((size,), torch.uint8)
         assert memory.nbytes == 6 * size
         memory.end_pass()
@@ -104,7 +104,7 @@ def test_pieces_that_no_pass_uses_are_given_back():
     memory.end_pass()
     assert memory.nbytes == size
     held.fill_(3)
-    for _ in range(KEPT_PASSES + 1):
+    for _ in range(IDLE_PASSES + 1):
         memory.end_pass()
     assert memory.nbytes == 0
     assert bool((held == 3).all())  # its memory lives as long as it does

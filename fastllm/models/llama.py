@@ -97,7 +97,7 @@ class Llama:
         """Tokens of a prompt that go through the model at once. On a CPU as many as the matrix kernels take in one pass over the
         weights: with fewer, unpacking weights and calling kernels from Python (tens of microseconds each, once weights have gone
         through the caches) would show. Half as many where the widest activation would show in the process's peak memory, which costs
-        some 3 % of the speed. A GPU needs more to be busy."""
+        a little speed. A GPU needs more to be busy."""
         if self.device.type != "cpu":
             return 2048
         widest = 512 * 2 * self.config.intermediate_size * self.dtype.itemsize

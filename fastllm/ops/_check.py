@@ -55,9 +55,7 @@ def like(op: str, arg: str, value: Any, dtype: torch.dtype, device: torch.device
 
 def number(op: str, arg: str, value: Any) -> None:
     """A real number (bool does not count), or a TypeError."""
-    if type(value) is float:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise type_error(op, arg, value, "a number")
 
 

@@ -51,7 +51,8 @@ _empty = torch.empty
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """Every output is allocated through this name, so that tests can hand out poisoned memory with guards around it."""
+    """Every output is allocated through this name: in the thread's scratch memory where there is one (``outputs_in``), and so that
+    tests can hand out poisoned memory with guards around it."""
     scratch = _here.scratch
     if scratch is not None and (device is None or device.type == "cpu"):
         return scratch.empty(shape, dtype)
@@ -186,9 +187,6 @@ class Op:
     def choose(self, args: Sequence[Any]) -> Backend:
         """The backend that serves these prepared arguments. Raises NotImplementedError with every reason if none does."""
         forced = _forced_get()
-        first = self.backends[0]
-        if forced is None and first.refuse(*args) is None:  # nearly always
-            return first
         reasons = {}
         for backend in self.backends:
             if forced is not None and backend.name != forced:
