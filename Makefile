@@ -76,11 +76,11 @@ gpu-rivals:
 	python3 -m pip install -q --no-deps --target build/gpu liger-kernel==0.8.5
 
 # fastllm beside other engines on this CPU, each in an environment of its own; one that cannot be built says so in its row.
-# `make bench-rivals RIVALS="fastllm llama_cpp.q4_0" SHAPES=1b ROUNDS=3 WORKS="standard contexts batches"`: BENCH= takes more options.
+# `make bench-rivals RIVALS="fastllm llama_cpp.q4_0" SHAPES=1b ROUNDS=5 WORKS="standard contexts batches"`: BENCH= takes more options.
 # Environments and models, some 20 GB, lie in $$FASTLLM_RIVALS or ~/.cache/fastllm-rivals.
 RIVALS ?= fastllm llama_cpp ik_llama_cpp openvino onnxruntime ctranslate2 pytorch
 SHAPES ?= 135m 1b
-ROUNDS ?= 5
+ROUNDS ?= 10
 WORKS ?= standard
 rivals: $(VENV)/installed
 	$(PY) -m benchmarks.rivals.environments $(filter-out fastllm,$(basename $(RIVALS))) plots

@@ -16,7 +16,7 @@ from fastllm.quant import QuantizedTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is no part of the package
 from benchmarks import gpu_step
-from benchmarks.rivals import common, environments, make_models, report, run
+from benchmarks.rivals import common, contestants, environments, make_models, report, run
 
 TINY = common.Shape("tiny", 64, 2, 4, 2, 32, 96, 512, 10000.0, False, max_position_embeddings=128)
 LIMITS = {"isa": "avx2", "read_memory": 20.0, "int8": 500.0, "int4": 500.0}
@@ -112,8 +112,11 @@ def test_every_batch_is_warmed_up_before_it_is_timed(monkeypatch):
     generate = engine.generate
     monkeypatch.setattr(engine, "generate", lambda p, n, tick: (seen.append((len(p[0]), len(p), n)), generate(p, n, tick))[1])
     works = (common.Work(512), common.Work(128, 64), common.Work(2048, 64), common.Work(128, 64, batch=4))
-    common.run_job(lambda job: engine, common.Job("1b", "q4_0", 2, works))
-    assert seen[:4] == [(512, 1, 0), (128, 1, 8), (128, 4, 8), (512, 1, 0)]
+    answers = list(common.serve(lambda job: engine, common.Job("1b", "q4_0", 2, works), ["0\n", "3\n", "none"]))
+    assert seen == [(512, 1, 0), (128, 1, 8), (128, 4, 8), (512, 1, 0), (128, 4, 64)]
+    assert answers[0] == {"weights_bytes": 1}
+    assert [answer["work"] for answer in answers[1:3]] == ["prefill 512", "decode at 128, batch 4"]
+    assert "ValueError" in answers[3]["error"]
 
 
 def test_time_of_others_is_what_is_busy_and_not_ours():
@@ -121,13 +124,15 @@ def test_time_of_others_is_what_is_busy_and_not_ours():
     assert common.others_share((0, 0, 0.0), (200, 100, 103.0)) == 0.0
 
 
-def test_rounds_go_there_and_back_over_all():
-    entries = run.entries(["fastllm.q4_0_int8", "llama_cpp"], ["1b"], ["standard"])
-    names = [entry.variant for entry in entries]
-    assert names == ["q4_0_int8", "q4_0", "q8_0"]
-    assert [(turn, entry.variant) for turn, entry in run.in_turns(entries, 2)] == [
-        *((0, name) for name in names),
-        *((1, name) for name in reversed(names)),
+def test_rounds_go_there_and_back_over_all_work_by_work():
+    entries = run.entries(["fastllm.q4_0_int8", "llama_cpp"], ["135m", "1b"], ["standard"])
+    names = ["q4_0_int8", "q4_0", "q8_0"]
+    assert [(turn, entry.shape, entry.variant, work) for turn, entry, work in run.in_turns(entries, 2)] == [
+        (turn, shape, name, work)
+        for shape in ("135m", "1b")
+        for turn, order in ((0, names), (1, names[::-1]))
+        for work in (0, 1)
+        for name in order
     ]
 
 
@@ -138,44 +143,41 @@ def test_an_unknown_rival_is_named_beside_the_known_ones(name):
 
 
 def test_every_rival_says_what_it_runs_in_and_reads():
-    for entry in run.entries(run.RIVALS, list(common.SHAPES), list(run.WORKS)):
+    for entry in run.entries(run.RIVALS, list(common.SHAPES), list(contestants.WORKS)):
         assert entry.details.source in make_models.FORMS
         assert entry.module.ENVIRONMENT in (None, *environments.NAMES)
 
 
-def answer(prefill: float, decode: float, others: float = 0.0) -> dict:
-    def work(name, rate):
-        return {"work": name, "tok_s": rate, "others_cpu": others, "peak_rss_mib": 100.0, "first_tokens": [1]}
-
-    works = [work("prefill 512", prefill), work("decode at 128", decode)]
-    return {"works": works, "weights_bytes": 10, "peak_rss_mib": 100.0, "versions": {"engine": "1.0"}, "others_cpu": others}
+def answer(rate: float, others: float = 0.0) -> dict:
+    measured = {"tok_s": rate, "others_cpu": others, "peak_rss_mib": 100.0, "first_tokens": [1]}
+    return {"weights_bytes": 10, "versions": {"engine": "1.0"}, **measured}
 
 
-def test_a_disturbed_run_is_repeated_and_the_quietest_kept(monkeypatch):
+def test_a_disturbed_turn_is_repeated_and_the_quietest_kept(monkeypatch):
     monkeypatch.setattr(run, "wait_until_idle", lambda patience: None)
     noise = iter([0.5, 0.01, 0.0])
     machine = iter({"read_memory": float(n)} for n in range(20))
-    quiet = run.undisturbed(lambda: answer(1, 1, next(noise)), lambda: next(machine), 1)
+    quiet = run.undisturbed(lambda: answer(1, next(noise)), lambda: next(machine), 1)
     assert quiet["others_cpu"] == 0.01
     assert quiet["machine"] == [{"read_memory": 2.0}, {"read_memory": 3.0}]
     noise = iter([0.5, 0.3, 0.4])
-    assert run.undisturbed(lambda: answer(1, 1, next(noise)), lambda: next(machine), 1)["others_cpu"] == 0.3
+    assert run.undisturbed(lambda: answer(1, next(noise)), lambda: next(machine), 1)["others_cpu"] == 0.3
 
 
 @pytest.fixture
 def played():
     """Two rounds of ours, a faster-decoding rival, and one that fails in its first."""
-    rates = {"fastllm": iter([(200.0, 30.0), (100.0, 50.0)]), "llama_cpp": iter([(100.0, 60.0), (100.0, 50.0)])}
+    rates = {"fastllm": iter([200.0, 30.0, 100.0, 50.0]), "llama_cpp": iter([100.0, 60.0, 100.0, 50.0])}
 
-    def play(entry):
+    def play(entry, work):
         if entry.variant == "q8_0":
             return {"error": "no such thing"}
-        return answer(*next(rates[entry.rival]))
+        return answer(next(rates[entry.rival]))
 
     saved = []
     entries = run.entries(["fastllm.q4_0_int8", "llama_cpp"], ["1b"], ["standard"])
     records = run.play(entries, 2, play, lambda records: saved.append(len(records)))
-    assert saved == [1, 2, 3, 4, 5]  # after each: what is broken off is kept
+    assert saved == [1, 2, 4, *range(5, 11)]  # after each turn: what is broken off is kept; a failure is one of every work
     return records
 
 
@@ -210,7 +212,9 @@ def test_shares_are_of_the_weights_read_and_multiplied(played):
 
 
 def test_shares_are_of_what_the_machine_gave_then(played):
-    for record, bandwidths in zip((r for r in played if r["rival"] == "fastllm"), ((8.0, 12.0), (None, 7.0))):
+    for record, bandwidths in zip(
+        (r for r in played if r["rival"] == "fastllm" and r["work"] == "decode at 128"), ((8.0, 12.0), (None, 7.0))
+    ):
         record["machine"] = [{"read_memory": b, "round_trip": 100.0} for b in bandwidths]
     row = next(r for r in report.summarise(played, LIMITS) if r["work"] == "decode at 128" and r["rival"] == "fastllm")
     shape = common.SHAPES["1b"]
@@ -255,10 +259,60 @@ def test_a_rival_that_is_not_installed_is_refused_with_a_sentence(tmp_path, monk
     assert entry.refusal() == "not installed: ERROR: no wheel"
 
 
-def test_a_process_that_dies_is_a_reason(monkeypatch):
-    monkeypatch.setattr(run.environments, "python", lambda name: sys.executable)
+# ---------------------------------------------------------------- processes
+
+ENGINE = """
+import sys, threading, time
+counted = 0
+def count():
+    global counted
+    while True: counted += 1
+threading.Thread(target=count, daemon=True).start()
+print('{"weights_bytes": 5}', flush=True)
+for line in sys.stdin:
+    if line == "1\\n": sys.exit("no memory error")
+    print('{"tok_s": %d}' % counted, flush=True)
+"""
+
+
+def test_an_engine_loads_once_stands_still_between_turns_and_says_why_it_ended():
+    process = contestants.Process([sys.executable, "-c", ENGINE])
+    try:
+        state = Path(f"/proc/{process.program.pid}/status")
+        assert process.about == {"weights_bytes": 5}
+        assert process.ask(0)["tok_s"] > 0
+        assert "T (stopped)" in state.read_text()  # its spinning thread, too
+        assert process.ask(0)["tok_s"] > 0
+        assert process.ask(1) == {"error": "ended with status 1: no memory error"}
+    finally:
+        process.end()
+    assert process.program.returncode == 1
+
+
+def test_a_process_that_dies_at_loading_is_a_reason(monkeypatch):
+    monkeypatch.setattr(contestants.environments, "python", lambda name: sys.executable)
     (entry,) = run.entries(["onnxruntime"], ["135m"], ["standard"])  # which is not in this Python
-    assert "onnxruntime_genai" in entry.run(1)["error"]
+    processes = contestants.Processes(1)
+    assert "onnxruntime_genai" in processes.ask(entry, 0)["error"]
+    processes.end()
+
+
+def test_a_new_engine_gets_its_memory_from_those_idle_longest(monkeypatch):
+    monkeypatch.setattr(contestants.Entry, "command", lambda self, threads: [sys.executable, "-c", ENGINE])
+    first, second, third = run.entries(["fastllm.q4_0_int8", "llama_cpp"], ["1b"], ["standard"])
+    monkeypatch.setattr(contestants, "available_memory", lambda: 1 << 40)
+    processes = contestants.Processes(1)
+    try:
+        for entry in (first, second, first):
+            assert processes.ask(entry, 0)["weights_bytes"] == 5
+        assert list(processes.alive) == [second, first]
+        kept = processes.alive[first]
+        monkeypatch.setattr(contestants, "available_memory", lambda: third.memory - (second in processes.alive))
+        processes.ask(third, 0)
+        assert list(processes.alive) == [first, third] and processes.alive[first] is kept
+    finally:
+        processes.end()
+    assert not processes.alive
 
 
 @pytest.mark.parametrize("weights", gpu_step.WEIGHTS)

@@ -1,7 +1,8 @@
 """What all rivals share: the shapes, the job that a rival's process gets, how it is timed, what it answers.
 
-A rival's file is a program: `python -m benchmarks.rivals.llama_cpp JOB`, with a `Job` as JSON. It prints one line of JSON: what it
-measured, or {"error": a sentence}. It runs in an environment of its own, so this file needs the standard library alone.
+A rival's file is a program: `python -m benchmarks.rivals.llama_cpp JOB`, with a `Job` as JSON. It loads and warms up, then answers
+each line that it reads, the place of a work in its job, with a line of JSON: what it measured, or {"error": a sentence}. It runs in
+an environment of its own, so this file needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -222,7 +223,8 @@ class Clock:
         self.ticks.append(time.perf_counter())
 
 
-MIN_SECONDS, MAX_REPEATS = 2.0, 5  # of one work in one process
+# Of one work in one turn: short, because a shared machine changes within seconds, and the next engine should still meet the same.
+MIN_SECONDS, MAX_REPEATS = 1.0, 5
 
 
 def measure(engine: Engine, shape: str, work: Work) -> dict[str, Any]:
@@ -250,27 +252,34 @@ def measure(engine: Engine, shape: str, work: Work) -> dict[str, Any]:
     }
 
 
-def run_job(load: Callable[[Job], Engine], job: Job) -> dict[str, Any]:
-    engine = load(job)
+def warm_up(engine: Engine, job: Job) -> None:
+    """Buffers, and what is compiled at the first sight of a batch. Long contexts bring nothing new but their length."""
     batches = {work.batch: work for work in reversed(job.works)}  # the first work of each batch
-    # Warm up: buffers, and what is compiled at the first sight of a batch. Long contexts bring nothing new but their length.
     for work in dict.fromkeys((*job.works[:2], *batches.values())):
         engine.generate(prompt_ids(job.shape, work), min(work.new_tokens, 8), lambda: None)
-    works = [measure(engine, job.shape, work) for work in job.works]
-    return {"works": works, "weights_bytes": engine.weights_bytes, "peak_rss_mib": peak_rss_mib()}
+
+
+def serve(load: Callable[[Job], Engine], job: Job, questions: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Nothing but the number of bytes when the engine is ready; then what it measured, once a question."""
+    try:
+        engine = load(job)
+        warm_up(engine, job)
+        yield {"weights_bytes": engine.weights_bytes}
+        for question in questions:
+            yield measure(engine, job.shape, job.works[int(question)])
+    except Exception as error:
+        yield {"error": f"{type(error).__name__}: {error}"}
 
 
 def main(load: Callable[[Job], Engine], packages: tuple[str, ...]) -> None:
-    """A rival's program. Its packages' versions go into the answer."""
+    """A rival's program. Its packages' versions go into the first answer."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints goes to standard error
-    try:
-        answer = run_job(load, Job.parse(sys.argv[1]))
-    except Exception as error:
-        answer = {"error": f"{type(error).__name__}: {error}"}
-    answer["versions"] = {name: found for name in packages if (found := _version(name))}
-    answers.write(json.dumps(answer) + "\n")
-    answers.flush()
+    about = {"versions": {name: found for name in packages if (found := _version(name))}}
+    for answer in serve(load, Job.parse(sys.argv[1]), sys.stdin):
+        answers.write(json.dumps(answer | about) + "\n")
+        answers.flush()
+        about = {}
     os._exit(0)  # some engines' threads never end
 
 

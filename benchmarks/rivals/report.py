@@ -33,29 +33,26 @@ PLACE = re.compile(r"(?P<start><!-- rivals(?P<all>: all)? -->\n).*?(?P<end><!-- 
 def summarise(records: Sequence[dict[str, Any]], limits: dict[str, Any]) -> list[dict[str, Any]]:
     """One row a contestant and work: median and extremes over the rounds, ratios to the best rival, share of the limit: of what
     the machine gave just before and after each run, where that was measured, else of ``limits``."""
-    groups: dict[tuple[str, ...], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for record in records:
-        for work in record["works"]:
-            key = (record["shape"], record["set"], work["work"], record["rival"], record["variant"])
-            groups.setdefault(key, []).append((record, work))
+        key = tuple(record[name] for name in ("shape", "set", "work", "rival", "variant"))
+        groups.setdefault(key, []).append(record)
     rows = []
     for (shape, kind, work, rival, variant), runs in groups.items():
-        first = runs[0][0]
-        rates = {record["round"]: done["tok_s"] for record, done in runs if "tok_s" in done}
+        done = [record for record in runs if "tok_s" in record]
+        rates = {record["round"]: record["tok_s"] for record in done}
         row: dict[str, Any] = {"shape": shape, "set": kind, "work": work, "rival": rival, "variant": variant}
-        row |= {key: first[key] for key in ("weights", "bits", "threads")} | {"rounds": rates}
+        row |= {key: runs[0][key] for key in ("weights", "bits", "threads")} | {"rounds": rates}
         if rates:
             median = statistics.median(rates.values())
             row |= {"tok_s": median, "min": min(rates.values()), "max": max(rates.values())}
-            of_rounds = [share(first, work, done["tok_s"], limits | now(record)) for record, done in runs if "tok_s" in done]
-            row["share"] = statistics.median(of_rounds)
-            row["share_of_best"] = share(first, work, median, limits)
-            row["round_trips"] = [trip for record, _ in runs if (trip := now(record).get("round_trip"))]
-            row["peak_rss_mib"] = statistics.median(done["peak_rss_mib"] for _, done in runs if "tok_s" in done)
-            row["weights_bytes"] = first["weights_bytes"]
-            row["first_tokens"] = runs[0][1]["first_tokens"]
-            row["others_cpu"] = max(done["others_cpu"] for _, done in runs if "tok_s" in done)
-        if reasons := [record["error"] for record, _ in runs if "error" in record]:
+            row["share"] = statistics.median(share(record, work, record["tok_s"], limits | now(record)) for record in done)
+            row["share_of_best"] = share(done[0], work, median, limits)
+            row["round_trips"] = [trip for record in done if (trip := now(record).get("round_trip"))]
+            row["peak_rss_mib"] = max(record["peak_rss_mib"] for record in done)
+            row |= {key: done[0][key] for key in ("weights_bytes", "first_tokens")}
+            row["others_cpu"] = max(record["others_cpu"] for record in done)
+        if reasons := [record["error"] for record in runs if "error" in record]:
             row["reason"] = reasons[0]
         rows.append(row)
     for row in rows:
@@ -149,8 +146,8 @@ def standard(rows: Sequence[dict[str, Any]]) -> str:
     lines, reasons = [], []
     for (rival, _), by_work in contestants(rows).items():
         first = next(iter(by_work.values()))
-        if "tok_s" not in first:
-            reasons.append(f"- {rival}, {first['weights']}: {first['reason']}")
+        if missing := [row for row in by_work.values() if "tok_s" not in row]:
+            reasons.append(f"- {rival}, {first['weights']}: {missing[0]['reason']}")
             continue
         line: list[Any] = [label(first), first["weights"]]
         for work in works:

@@ -1,23 +1,21 @@
-"""fastllm and its rivals in turns, every run in a fresh process, on an idle machine: `make bench-rivals`.
+"""fastllm and its rivals in turns of a second or two, on an otherwise idle machine: `make bench-rivals`.
 
-Rounds go over all rivals, forwards and backwards in turn, so that a machine that slows down slows all of them alike. A run during
-which others used the machine is repeated. Results are written after each run, so one that is broken off keeps what it has; with
---add further works join the file of that day.
+Every engine has a process of its own, which loads once and is stopped while it is another's turn. A round goes work by work over
+all engines, forwards and backwards in turn, so that a machine that changes changes for all of them alike. A turn during which
+others used the machine is repeated. Results are written after each turn, so what is broken off keeps what it has; with --add
+further works join the file of that day.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import itertools
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,102 +25,42 @@ from fastllm.measure.bench import commit
 from fastllm.measure.limits import Limits, limits, limits_now, round_trip
 from fastllm.measure.report import write_json
 
-from . import environments, make_models
-from .common import SHAPES, Job, Variant, Work, cpu_time, last_error, others_share
+from . import make_models
+from .common import SHAPES, cpu_time, others_share
+from .contestants import RIVALS, ROOT, WORKS, Entry, Processes, entries
 from .report import DISTURBED, summarise
 
-ROOT = Path(__file__).parents[2]
-RIVALS = ("fastllm", "llama_cpp", "ik_llama_cpp", "openvino", "onnxruntime", "ctranslate2", "pytorch")
-WORKS = {
-    "standard": (Work(512), Work(128, 64)),
-    "contexts": tuple(Work(prompt, 64) for prompt in (128, 512, 2048, 4096, 8192)),
-    "batches": tuple(Work(128, 64, batch) for batch in (1, 2, 4, 8, 16)),
-}
-ATTEMPTS, TIMEOUT = 3, 3600
+ATTEMPTS = 3
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One contestant: a rival's variant on a shape, with a set of works."""
-
-    rival: str  # the file
-    variant: str
-    shape: str
-    works: str
-
-    @property
-    def module(self) -> ModuleType:
-        return importlib.import_module(f"{__package__}.{self.rival}")
-
-    @property
-    def details(self) -> Variant:
-        return self.module.VARIANTS[self.variant]  # type: ignore[no-any-return]
-
-    def refusal(self) -> str | None:
-        """Why it is not even started."""
-        if self.shape == "8b" and self.details.source == "hf" and not self.details.in_pieces:
-            return "converting or holding 16 GB of bf16 weights takes more memory than this harness may use; it reads no GGUF"
-        environment = self.module.ENVIRONMENT
-        return environments.missing(environment) if environment else None
-
-    def run(self, threads: int) -> dict[str, Any]:
-        """What its process answers."""
-        environment = self.module.ENVIRONMENT
-        python = environments.python(environment) if environment else sys.executable
-        job = Job(self.shape, self.variant, self.details.threads or threads, WORKS[self.works])
-        command = [str(python), "-m", f"{__package__}.{self.rival}", job.text()]
-        try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-        except subprocess.TimeoutExpired:
-            return {"error": f"not done after {TIMEOUT} s"}
-        try:
-            return json.loads(done.stdout)  # type: ignore[no-any-return]
-        except json.JSONDecodeError:
-            return {"error": f"ended with status {done.returncode}: {last_error(done.stderr)}"}
-
-
-def entries(rivals: Sequence[str], shapes: Sequence[str], works: Sequence[str]) -> list[Entry]:
-    """All that the names stand for; a rival's name may go on with a variant's: pytorch.eager_bf16."""
-    found = []
-    for shape in shapes:
-        for kind in works:
-            for name in rivals:
-                rival, _, variant = name.partition(".")
-                if rival not in RIVALS:
-                    raise SystemExit(f"rivals: {rival}, expected one of {', '.join(RIVALS)}")
-                variants = importlib.import_module(f"{__package__}.{rival}").VARIANTS
-                if variant and variant not in variants:
-                    raise SystemExit(f"rivals: {name}, expected one of {', '.join(f'{rival}.{v}' for v in variants)}")
-                found += [Entry(rival, v, shape, kind) for v in ([variant] if variant else variants)]
-    return found
-
-
-def in_turns(contestants: Sequence[Entry], rounds: int) -> Iterator[tuple[int, Entry]]:
-    """(round, entry): there and back again."""
-    for turn in range(rounds):
-        for entry in contestants if turn % 2 == 0 else reversed(contestants):
-            yield turn, entry
+def in_turns(contestants: Sequence[Entry], rounds: int) -> Iterator[tuple[int, Entry, int]]:
+    """(round, entry, place of the work): there and back again over those of one shape and set, then the next ones."""
+    for (_, kind), group in itertools.groupby(contestants, key=lambda entry: (entry.shape, entry.works)):
+        mine = list(group)
+        for turn, work in itertools.product(range(rounds), range(len(WORKS[kind]))):
+            for entry in mine if turn % 2 == 0 else reversed(mine):
+                yield turn, entry, work
 
 
 def wait_until_idle(patience: float) -> None:
     end = time.monotonic() + patience
     while time.monotonic() < end:
         before = cpu_time()
-        time.sleep(1.0)
+        time.sleep(0.3)
         if others_share(before, cpu_time()) < DISTURBED:
             return
 
 
 def machine_now(threads: int) -> dict[str, float | None]:
-    """What a row's share is of. Between two runs of one morning it was seen to double: see ``limits_now``."""
-    now = limits_now(threads, seconds=0.5)
+    """What a row's share is of. From one second to the next it was seen to double: see ``limits_now``."""
+    now = limits_now(threads, seconds=0.1)
     return {"read_memory": now.read_memory, "int8": now.int8, "int4": now.int4, "round_trip": round_trip()}
 
 
 def undisturbed(
     run: Callable[[], dict[str, Any]], machine: Callable[[], dict[str, float | None]], patience: float
 ) -> dict[str, Any]:
-    """The run, repeated while others disturb it; the least disturbed one if all are. Without patience: as it comes. With what
+    """The turn, repeated while others disturb it; the least disturbed one if all are. Without patience: as it comes. With what
     ``machine`` said just before and just after it."""
     attempts: list[dict[str, Any]] = []
     for _ in range(ATTEMPTS if patience else 1):
@@ -132,7 +70,6 @@ def undisturbed(
         if "error" in answer:
             return answer
         answer["machine"] = [before, machine()]
-        answer["others_cpu"] = max(work["others_cpu"] for work in answer["works"])
         attempts.append(answer)
         if answer["others_cpu"] < DISTURBED:
             break
@@ -142,23 +79,25 @@ def undisturbed(
 def play(
     contestants: Sequence[Entry],
     rounds: int,
-    run: Callable[[Entry], dict[str, Any]],
+    run: Callable[[Entry, int], dict[str, Any]],
     save: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
-    """All rounds. Who fails says why in a record of its own, and is not asked again; the others go on."""
+    """All rounds, a record a turn. Who fails says why, in a record a work, and is not asked again; the others go on."""
     records: list[dict[str, Any]] = []
     out: set[Entry] = set()
-    for turn, entry in in_turns(contestants, rounds):
+    for turn, entry, work in in_turns(contestants, rounds):
         if entry in out:
             continue
-        answer = run(entry)
+        answer = run(entry, work)
+        works = WORKS[entry.works]
         if "error" in answer:
             out.add(entry)
-            answer = {"works": [{"work": work.name} for work in WORKS[entry.works]], **answer}
+        else:
+            works = works[work : work + 1]
         about = {"round": turn, "rival": entry.module.NAME, "variant": entry.variant, "shape": entry.shape, "set": entry.works}
-        records.append({**about, **asdict(entry.details), **answer})
+        records += [{**about, **asdict(entry.details), "work": measured.name, **answer} for measured in works]
         save(records)
-        print(f"{turn + 1}/{rounds} {entry.shape} {entry.rival}.{entry.variant} {entry.works}: {_brief(answer)}", flush=True)
+        print(f"{turn + 1}/{rounds} {entry.shape} {entry.rival}.{entry.variant} {works[0].name}: {_brief(answer)}", flush=True)
     return records
 
 
@@ -171,9 +110,8 @@ def others_runs(records: Sequence[dict[str, Any]], contestants: Sequence[Entry])
 def _brief(answer: dict[str, Any]) -> str:
     if "error" in answer:
         return str(answer["error"])
-    rates = ", ".join(f"{work['work']} {work['tok_s']:.1f} tok/s" for work in answer["works"])
     note = f" (others used {answer['others_cpu']:.0%} of the machine)" if answer["others_cpu"] >= DISTURBED else ""
-    return f"{rates}, {answer['peak_rss_mib']:.0f} MiB{note}"
+    return f"{answer['tok_s']:.1f} tok/s, {answer['peak_rss_mib']:.0f} MiB{note}"
 
 
 def main() -> None:
@@ -181,7 +119,7 @@ def main() -> None:
     parser.add_argument("--rivals", nargs="+", default=list(RIVALS), help="files, or file.variant (default: all)")
     parser.add_argument("--shapes", nargs="+", default=["135m", "1b"], choices=SHAPES)
     parser.add_argument("--works", nargs="+", default=["standard"], choices=WORKS)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of all rivals (default: the cores)")
     parser.add_argument("--patience", type=float, default=120, help="seconds to wait for an idle machine; 0: measure as it is")
     parser.add_argument("--machine", help="its name in the file's name (default: the processor and the rung)")
@@ -225,12 +163,19 @@ def main() -> None:
         runs = kept + records
         write_json(file, {**results, "rows": summarise(runs, results["limits"]), "runs": runs})
 
-    def run(entry: Entry) -> dict[str, Any]:
+    processes = Processes(options.threads)
+
+    def run(entry: Entry, work: int) -> dict[str, Any]:
         if entry in refused:
             return {"error": refused[entry]}
-        return undisturbed(lambda: entry.run(options.threads), lambda: machine_now(options.threads), options.patience)
+        if (entry.shape, entry.works) not in {(other.shape, other.works) for other in processes.alive}:
+            processes.end()
+        return undisturbed(lambda: processes.ask(entry, work), lambda: machine_now(options.threads), options.patience)
 
-    records = play(contestants, options.rounds, run, save)
+    try:
+        records = play(contestants, options.rounds, run, save)
+    finally:
+        processes.end()
     # Again: a limit is the best that was seen, and a neighbour may have had the machine the first time.
     results["limits"] = asdict(limits(threads=options.threads, fresh=fresh).better(Limits(**results["limits"])))
     save(records)
