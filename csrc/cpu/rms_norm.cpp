@@ -3,8 +3,9 @@
 //
 // y may be rounded to int8 on the way (quantize.h): a piece of it at a time stands in L1, rounded to dtype first.
 //
-// Bytes a row: read K (and K of the residual), write K (and K of the sum). The second pass reads what the first has
-// just put into L1 (rows up to 8k floats), so memory sees one pass.
+// Bytes a row: read K (and K of the residual), write K (and K of the sum). A row's squares are summed while the row
+// before it is normed: the one's arithmetic covers the other's way from memory, and the second pass finds it in L1 (rows
+// up to 8k floats).
 #include "rms_norm.h"
 
 #include "parallel.h"
@@ -14,115 +15,128 @@
 namespace fastllm::cpu::FASTLLM_ISA {
 namespace {
 
-// h[k] = round(x[k] + residual[k]), as PyTorch's own add rounds; null residual: h is x.
-template <typename T>
-FASTLLM_INLINE void add_row(const T* x, const T* residual, T* h, int64_t K) {
-  int64_t k = 0;
-  for (; k + 2 * kWidth <= K; k += 2 * kWidth) {
-    const pair a = load_pair(x + k), r = load_pair(residual + k);
-    store_clean(h + k, pair{a.first + r.first, a.second + r.second});
-  }
-  for (; k < K; k += kWidth) {
-    const int64_t n = K - k < kWidth ? K - k : kWidth;
-    store_n(h + k, load_n(x + k, n) + load_n(residual + k, n), n);
-  }
-}
+constexpr int64_t kSegment = 256 < 64 * kWidth ? 64 * kWidth : 256;  // columns, whole groups, which have 128 at most
 
-// Sum of squares in two levels: runs of kRun elements on four chains of floats, runs added up in double, so that the
-// error does not grow with K.
+// A row whose squares are being summed.
 template <typename T>
-FASTLLM_INLINE double sum_of_squares(const T* x, int64_t K) {
-  constexpr int64_t kRun = 256 < 32 * kWidth ? 32 * kWidth : 256;
-  double total = 0;
-  int64_t k = 0;
-  while (k + 4 * kWidth <= K) {
-    const int64_t end = k + kRun <= K ? k + kRun : K;
-    vf s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
-    for (; k + 4 * kWidth <= end; k += 4 * kWidth) {
-      const pair a = load_pair(x + k), b = load_pair(x + k + 2 * kWidth);
-      s0 = fmadd(a.first, a.first, s0);
-      s1 = fmadd(a.second, a.second, s1);
-      s2 = fmadd(b.first, b.first, s2);
-      s3 = fmadd(b.second, b.second, s3);
-    }
-    total += static_cast<double>(reduce_add((s0 + s1) + (s2 + s3)));
-  }
-  vf rest = zero();
-  for (; k < K; k += kWidth) {
-    const vf a = load_n(x + k, K - k < kWidth ? K - k : kWidth);
-    rest = fmadd(a, a, rest);
-  }
-  return total + static_cast<double>(reduce_add(rest));
-}
-
-// y[0 .. n) of a row that has been summed.
-template <typename T>
-FASTLLM_INLINE void norm_columns(const RmsNormArgs& a, const T* x, const T* weight, vf scale, T* y, int64_t n) {
-  const vf offset = set1(a.offset), one = set1(1.0f);
-  int64_t k = 0;
-  for (; k + 2 * kWidth <= n; k += 2 * kWidth) {
-    pair w{one, one};
-    if (weight) {
-      w = load_pair(weight + k);
-      w = {w.first + offset, w.second + offset};
-    }
-    const pair h = load_pair(x + k);
-    pair normed = {h.first * scale, h.second * scale};  // its NaNs stem from T's, or from the processor
-    if (a.round_before_weight) normed = round_clean(T{}, normed);
-    store_clean(y + k, pair{normed.first * w.first, normed.second * w.second});
-  }
-  for (; k < n; k += kWidth) {
-    const int64_t left = n - k < kWidth ? n - k : kWidth;
-    const vf w = weight ? load_n(weight + k, left) + offset : one;
-    vf normed = load_n(x + k, left) * scale;
-    if (a.round_before_weight) normed = round_clean(T{}, normed);
-    store_n(y + k, normed * w, left);
-  }
-}
-
-// A row, ready for norm_columns.
-template <typename T>
-struct Summed {
+struct Row {
   const T* x;
-  vf scale;
+  const T* residual;  // or null
+  T* sum;             // of both
+  double squares;     // of whole segments, so that the error does not grow with K
+  const T* normed() const { return residual ? sum : x; }
 };
 
 template <typename T>
-FASTLLM_INLINE Summed<T> sum_row(const RmsNormArgs& a, int64_t row) {
+FASTLLM_INLINE Row<T> row_at(const RmsNormArgs& a, int64_t row) {
   const T* x = static_cast<const T*>(a.x) + row_offset(a.x_rows, row);
-  if (a.residual) {
-    T* sum = static_cast<T*>(a.sum) + row * a.K;
-    add_row(x, static_cast<const T*>(a.residual) + row_offset(a.residual_rows, row), sum, a.K);
-    x = sum;
+  if (!a.residual) return {x, nullptr, nullptr, 0.0};
+  const T* residual = static_cast<const T*>(a.residual) + row_offset(a.residual_rows, row);
+  return {x, residual, static_cast<T*>(a.sum) + row * a.K, 0.0};
+}
+
+// The squares of a pair at column k, and of what the residual makes of it, rounded as PyTorch's own add rounds.
+template <bool kResidual, typename T>
+FASTLLM_INLINE vf take_in(const Row<T>& row, int64_t k, vf squares) {
+  if constexpr (kResidual) {
+    const pair x = load_pair(row.x + k), r = load_pair(row.residual + k);
+    store_clean(row.sum + k, pair{x.first + r.first, x.second + r.second});
   }
-  const double mean = sum_of_squares(x, a.K) / static_cast<double>(a.K);
-  return {x, set1(static_cast<float>(1.0 / __builtin_sqrt(mean + static_cast<double>(a.eps))))};
+  return add_squares(squares, (kResidual ? row.sum : row.x) + k);
+}
+// Of the n lanes at most of a vector.
+template <typename T>
+FASTLLM_INLINE vf take_in_n(const Row<T>& row, int64_t k, int64_t n, vf squares) {
+  if (row.residual) store_n(row.sum + k, load_n(row.x + k, n) + load_n(row.residual + k, n), n);
+  const vf h = load_n(row.normed() + k, n);
+  return fmadd(h, h, squares);
+}
+
+// kLlama: there is a weight and no offset, and the normed value is rounded before. Known to the compiler it saves a
+// fifth of the instructions.
+template <bool kLlama, typename T>
+FASTLLM_INLINE void norm_pair(const RmsNormArgs& a, const T* x, const T* weight, vf scale, T* y) {
+  pair normed;  // its NaNs stem from T's, or from the processor
+  if (kLlama || a.round_before_weight) {
+    const pair h = load_pair(x);
+    normed = round_ordered(T{}, pair{h.first * scale, h.second * scale});
+  } else {
+    const pair h = load_ordered(x);
+    normed = {h.first * scale, h.second * scale};
+  }
+  if (kLlama || weight) {
+    pair w = load_ordered(weight);
+    if constexpr (!kLlama) w = {w.first + set1(a.offset), w.second + set1(a.offset)};
+    normed = {normed.first * w.first, normed.second * w.second};
+  }
+  store_ordered(y, normed);
+}
+template <typename T>
+FASTLLM_INLINE void norm_n(const RmsNormArgs& a, const T* x, const T* weight, int64_t n, vf scale, T* y) {
+  vf normed = load_n(x, n) * scale;
+  if (a.round_before_weight) normed = round_clean(T{}, normed);
+  if (weight) normed = normed * (load_n(weight, n) + set1(a.offset));
+  store_n(y, normed, n);
+}
+
+// n columns from `from` on: of x, whose squares are summed, to y (kNorm); of the next row, into its sum (kNext). A sum's
+// bits do not depend on what goes on beside it.
+template <bool kLlama, bool kResidual, bool kNorm, bool kNext, typename T>
+FASTLLM_INLINE void segment(const RmsNormArgs& a, const T* x, vf scale, T* y, Row<T>* next, int64_t from, int64_t n) {
+  constexpr int64_t kPair = 2 * kWidth;
+  const T* weight = a.weight ? static_cast<const T*>(a.weight) + from : nullptr;
+  vf first = zero(), second = zero();
+  int64_t k = 0;
+  for (; k + 2 * kPair <= n; k += 2 * kPair) {
+    if constexpr (kNext) first = take_in<kResidual>(*next, from + k, first);
+    if constexpr (kNorm) norm_pair<kLlama>(a, x + from + k, weight ? weight + k : weight, scale, y + k);
+    if constexpr (kNext) second = take_in<kResidual>(*next, from + k + kPair, second);
+    if constexpr (kNorm) norm_pair<kLlama>(a, x + from + k + kPair, weight ? weight + k + kPair : weight, scale, y + k + kPair);
+  }
+  for (; k < n; k += kWidth) {
+    const int64_t left = n - k < kWidth ? n - k : kWidth;
+    if constexpr (kNext) first = take_in_n(*next, from + k, left, first);
+    if constexpr (kNorm) norm_n(a, x + from + k, weight ? weight + k : nullptr, left, scale, y + k);
+  }
+  if constexpr (kNext) next->squares += static_cast<double>(reduce_add(first + second));
+}
+
+template <typename T, bool kLlama, bool kResidual>
+void rms_norm_rows(const RmsNormArgs& a, int64_t begin, int64_t end) {
+  const int64_t K = a.K;
+  const auto columns = [K](int64_t from) { return K - from < kSegment ? K - from : kSegment; };
+  Row<T> next = row_at<T>(a, begin);
+  for (int64_t k = 0; k < K; k += kSegment) {
+    segment<kLlama, kResidual, false, true>(a, next.x, zero(), next.sum, &next, k, columns(k));
+  }
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = next.normed();
+    const double mean = next.squares / static_cast<double>(K);
+    const vf scale = set1(static_cast<float>(1.0 / __builtin_sqrt(mean + static_cast<double>(a.eps))));
+    if (row + 1 < end) next = row_at<T>(a, row + 1);
+    for (int64_t k = 0; k < K; k += kSegment) {
+      const int64_t n = columns(k);
+      T rounded[kSegment];
+      T* y = a.groups ? rounded : static_cast<T*>(a.y) + row * K + k;
+      if (row + 1 < end) {
+        segment<kLlama, kResidual, true, true>(a, x, scale, y, &next, k, n);
+      } else {
+        segment<kLlama, kResidual, true, false>(a, x, scale, y, &next, k, n);
+      }
+      if (a.groups) {
+        float* groups = a.groups + 2 * (row * ((K + a.group_size - 1) / a.group_size) + k / a.group_size);
+        quantize_groups(rounded, n, a.group_size, static_cast<int8_t*>(a.y) + row * K + k, groups);
+      }
+    }
+  }
 }
 
 template <typename T>
-void rms_norm_rows(const RmsNormArgs& a, int64_t begin, int64_t end) {
-  const T* weight = static_cast<const T*>(a.weight);
-  const int64_t K = a.K;
-  // The end of a sum, its root and quotient are a long chain; in 16 bits the row before covers it. In fp32 two rows at
-  // a time crowd L1.
-  constexpr bool kAhead = sizeof(T) == 2;
-  Summed<T> next = sum_row<T>(a, begin);
-  for (int64_t row = begin; row < end; ++row) {
-    if (!kAhead && row > begin) next = sum_row<T>(a, row);
-    const Summed<T> of = next;
-    if (kAhead && row + 1 < end) next = sum_row<T>(a, row + 1);
-    if (!a.groups) {
-      norm_columns(a, of.x, weight, of.scale, static_cast<T*>(a.y) + row * K, K);
-      continue;
-    }
-    constexpr int64_t kPiece = 1024;  // whole groups
-    T y[kPiece];
-    float* groups = a.groups + row * 2 * ((K + a.group_size - 1) / a.group_size);
-    for (int64_t k = 0; k < K; k += kPiece) {
-      const int64_t n = K - k < kPiece ? K - k : kPiece;
-      norm_columns(a, of.x + k, weight ? weight + k : nullptr, of.scale, y, n);
-      quantize_groups(y, n, a.group_size, static_cast<int8_t*>(a.y) + row * K + k, groups + 2 * (k / a.group_size));
-    }
+void rms_norm_of(const RmsNormArgs& a, int64_t begin, int64_t end) {
+  if (a.weight && a.round_before_weight && a.offset == 0.0f) {
+    a.residual ? rms_norm_rows<T, true, true>(a, begin, end) : rms_norm_rows<T, true, false>(a, begin, end);
+  } else {
+    a.residual ? rms_norm_rows<T, false, true>(a, begin, end) : rms_norm_rows<T, false, false>(a, begin, end);
   }
 }
 
@@ -131,7 +145,7 @@ void rms_norm_rows(const RmsNormArgs& a, int64_t begin, int64_t end) {
 void rms_norm(const RmsNormArgs& a) {
   const int64_t rows_a_chunk = 1 + 16384 / (a.K + 1);  // a chunk is worth waking a thread for: about 5 us
   parallel_for(a.rows, rows_a_chunk, a.threads, [&](int64_t begin, int64_t end) {
-#define FASTLLM_BODY(T) rms_norm_rows<decltype(T)>(a, begin, end)
+#define FASTLLM_BODY(T) rms_norm_of<decltype(T)>(a, begin, end)
     FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
 #undef FASTLLM_BODY
   });

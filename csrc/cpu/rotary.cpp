@@ -123,7 +123,10 @@ FASTLLM_INLINE void rotary_row(const RotaryArgs& a, const RotaryTensor& tensor, 
 
 // Tokens [t0, t1) of batch b, in the order in which the rows stand in memory.
 template <typename X, typename C, typename Y>
-void rotary_tokens(const RotaryArgs& a, const RotaryTensor& tensor, int64_t b, int64_t t0, int64_t t1) {
+void rotary_tokens(const RotaryArgs& args, const RotaryTensor& of, int64_t b, int64_t t0, int64_t t1) {
+  // Copies, because a vector's store may change whatever has an address, for all that the compiler knows.
+  const RotaryArgs a = args;
+  const RotaryTensor tensor = of;
   if (tensor.in_strides[1] < tensor.in_strides[2]) {
     for (int64_t t = t0; t < t1; ++t) {
       for (int64_t h = 0; h < tensor.heads; ++h) rotary_row<X, C, Y>(a, tensor, b, h, t);
@@ -161,6 +164,8 @@ void rotary_tokens_of<float>(const RotaryArgs& a, const RotaryTensor& tensor, in
 #undef FASTLLM_BODY
 }
 
+constexpr int64_t kTokens = 32;  // whose cos and sin stay in L1 over the heads
+
 }  // namespace
 
 void rotary(const RotaryArgs& a) {
@@ -169,8 +174,9 @@ void rotary(const RotaryArgs& a) {
   const int64_t tokens_a_chunk = 1 + 16384 / lanes;  // a chunk is worth waking a thread for: about 5 us
   parallel_for(a.B * a.T, tokens_a_chunk, a.threads, [&](int64_t begin, int64_t end) {
     while (begin < end) {
-      const int64_t b = begin / a.T, t0 = begin - b * a.T, left = t0 + (end - begin);
-      const int64_t t1 = left < a.T ? left : a.T;
+      const int64_t b = begin / a.T, t0 = begin - b * a.T;
+      int64_t t1 = t0 + (end - begin < kTokens ? end - begin : kTokens);
+      if (t1 > a.T) t1 = a.T;
       for (int i = 0; i < a.num_tensors; ++i) {
 #define FASTLLM_BODY(T) rotary_tokens_of<decltype(T)>(a, a.tensors[i], b, t0, t1)
         FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)

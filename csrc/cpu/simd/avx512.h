@@ -93,6 +93,37 @@ FASTLLM_INLINE vf dot_pair(vf sum, __m512i pairs, const void* two) {
 }
 FASTLLM_INLINE pair round_clean(bf16, pair a) { return widen_pair(narrow_pair(a)); }
 FASTLLM_INLINE vf round_clean(bf16, vf a) { return widen(bf16{}, narrow(bf16{}, a)); }
+
+// Sixteen words of 32, those of each index, above zeros: one instruction widens them.
+FASTLLM_INLINE vf widen_chosen(__m512i words, const uint16_t* of_each) {
+  return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, _mm512_load_si512(of_each), words))};
+}
+// Columns 0 to 15, then 16 to 31: what the conversion stores without a permutation.
+FASTLLM_INLINE pair load_ordered(const bf16* p) {
+  alignas(64) static constexpr uint16_t kFirst[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                                      0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+  alignas(64) static constexpr uint16_t kSecond[32] = {0, 16, 0, 17, 0, 18, 0, 19, 0, 20, 0, 21, 0, 22, 0, 23,
+                                                       0, 24, 0, 25, 0, 26, 0, 27, 0, 28, 0, 29, 0, 30, 0, 31};
+  const __m512i both = _mm512_loadu_si512(p);
+  return {widen_chosen(both, kFirst), widen_chosen(both, kSecond)};
+}
+// Of a pair, whose columns are even and odd ones.
+FASTLLM_INLINE pair round_ordered(bf16, pair a) {
+  alignas(64) static constexpr uint16_t kFirst[32] = {0, 0, 0, 16, 0, 1, 0, 17, 0, 2, 0, 18, 0, 3, 0, 19,
+                                                      0, 4, 0, 20, 0, 5, 0, 21, 0, 6, 0, 22, 0, 7, 0, 23};
+  alignas(64) static constexpr uint16_t kSecond[32] = {0, 8,  0, 24, 0, 9,  0, 25, 0, 10, 0, 26, 0, 11, 0, 27,
+                                                       0, 12, 0, 28, 0, 13, 0, 29, 0, 14, 0, 30, 0, 15, 0, 31};
+  const __m512i evens_odds = (__m512i)_mm512_cvtne2ps_pbh(a.second.v, a.first.v);
+  return {widen_chosen(evens_odds, kFirst), widen_chosen(evens_odds, kSecond)};
+}
+FASTLLM_INLINE void store_ordered(bf16* p, pair a) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(a.second.v, a.first.v));
+}
+// sum + the squares of 32 numbers, those of neighbours added first; numbers below 2^-126 count as 0.
+FASTLLM_INLINE vf add_squares(vf sum, const bf16* p) {
+  const __m512bh both = (__m512bh)_mm512_loadu_si512(p);
+  return {_mm512_dpbf16_ps(sum.v, both, both)};
+}
 #else
 FASTLLM_INLINE vf round_clean(bf16, vf a) {
   return {_mm512_castsi512_ps(_mm512_and_si512(rounded_bits(a), _mm512_set1_epi32(-65536)))};
@@ -210,10 +241,10 @@ FASTLLM_INLINE vf scale_by_power(vf a, vf n) { return {_mm512_scalef_ps(a.v, n.v
 FASTLLM_INLINE vf low_bits_to_exponent(vf a) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
 }
-// a - round_nearest(a), and 0 for infinities.
-FASTLLM_INLINE vf rest_of_nearest(vf a) {
-  return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+// a less the whole number below it, and 0 for infinities.
+FASTLLM_INLINE vf rest_of_below(vf a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+// a * 2^n of the whole number n below b, which may be infinite.
+FASTLLM_INLINE vf scale_by_power_below(vf a, vf b) { return {_mm512_scalef_ps(a.v, b.v)}; }
 // 1 / a for a of at least 1, within 2^-14 for bf16 and 2^-22 for f16; 0 for infinity, which must not enter the Newton
 // step.
 FASTLLM_INLINE vf reciprocal_coarse(bf16, vf a) { return {_mm512_rcp14_ps(a.v)}; }

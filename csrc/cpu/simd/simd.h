@@ -6,12 +6,15 @@
 //   reduce_add, reduce_add4 and reduce_add16 (so many vectors at once), reduce_max, max_magnitude(a, b) = max(|a|, b)
 //   for b from it or 0, with infinities and NaN on top, reduce_max_magnitude, reduce_max_magnitude4, store4 (four
 //   vectors, to int8_t), low_bits_to_exponent, power_of_two, reciprocal_coarse, exp, exp2, sigmoid, tanh; fmaddsub and
-//   swap_pairs where there are pairs of lanes (not scalar), rest_of_nearest on AVX-512.
+//   swap_pairs where there are pairs of lanes (not scalar), rest_of_below and scale_by_power_below on AVX-512.
 // Stores round to nearest even; what goes to int8_t must be finite and is at most 127. max(a, b) and min(a, b) return b
 // where either is NaN, as the x86 instructions do.
 //
 // A pair is 2 kWidth neighbours in two vectors, in the order that suits their dtype: load_pair and store_clean agree on
 // it, so it is for what treats all columns alike.
+//
+// An ordered pair has its columns in the order that is cheapest to store: load_ordered and store_ordered agree on it,
+// and round_ordered makes one of a pair.
 //
 // round_clean(T{}, a) is a vector or pair rounded to T and kept as floats, store_clean(p, pair) stores a pair: cheaper
 // than narrowing and widening, and than store, for values whose NaNs have zeros in their low halves, as those made of
@@ -88,6 +91,24 @@ FASTLLM_INLINE vf store_rounded(T, int8_t* p, pair a, vf sum) {
 template <typename T>
 FASTLLM_INLINE pair round_clean(T, pair a) {
   return {round_clean(T{}, a.first), round_clean(T{}, a.second)};
+}
+template <typename T>
+FASTLLM_INLINE pair load_ordered(const T* p) {
+  return load_pair(p);
+}
+template <typename T>
+FASTLLM_INLINE pair round_ordered(T, pair a) {
+  return round_clean(T{}, a);
+}
+template <typename T>
+FASTLLM_INLINE void store_ordered(T* p, pair a) {
+  store_clean(p, a);
+}
+// sum + the squares of 2 kWidth numbers.
+template <typename T>
+FASTLLM_INLINE vf add_squares(vf sum, const T* p) {
+  const pair a = load_pair(p);
+  return fmadd(a.second, a.second, fmadd(a.first, a.first, sum));
 }
 
 }  // namespace

@@ -131,7 +131,7 @@ inline __m512 by_bits(__m512 a, Of of) {
 inline __m512 reduce_ps(__m512 a) {
   Lanes<float, __m512> x(a);
   for (int i = 0; i < x.count; ++i) {
-    x.lane[i] = __builtin_isinf(x.lane[i]) ? 0.0f : x.lane[i] - __builtin_nearbyintf(x.lane[i]);
+    x.lane[i] = __builtin_isinf(x.lane[i]) ? 0.0f : x.lane[i] - __builtin_floorf(x.lane[i]);
   }
   return x.vector();
 }
@@ -189,7 +189,7 @@ inline __m256i cvtneps_pbh(__m512 a) {
 #define _mm512_extracti32x8_epi32(a, half) ::emulated::Lanes<__m256i, __m512i>(a).lane[half]
 #define _mm512_extractf32x4_ps(a, quarter) ::emulated::Lanes<__m128, __m512>(a).lane[quarter]
 #define _mm512_shuffle_f32x4(a, b, control) ::emulated::shuffle_f32x4<control>(a, b)
-#define _mm512_reduce_ps(a, control) ::emulated::reduce_ps(a)  // to nearest is what is asked for
+#define _mm512_reduce_ps(a, control) ::emulated::reduce_ps(a)  // down is what is asked for
 #define _mm512_rcp14_ps(a) ::emulated::rcp14_ps(a)
 #define _mm512_cvtneps_pbh(a) ::emulated::cvtneps_pbh(a)
 #define _mm512_cvtne2ps_pbh(a, b) ::emulated::joined<__m512i>(::emulated::cvtneps_pbh(b), ::emulated::cvtneps_pbh(a))
