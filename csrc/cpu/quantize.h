@@ -53,32 +53,19 @@ FASTLLM_INLINE Int8Group quantize_group(const T* x, int64_t n, int8_t* q) {
   return {amax / 127.0f, reduce_add(sum)};
 }
 
+#if FASTLLM_ISA_LEVEL >= 1
 // Four groups of n numbers, one after the other, n a multiple of 2 kWidth: the reductions and divisions of all four
 // together. False, and nothing done, where one of them is zero or not finite.
 template <typename T>
 FASTLLM_INLINE bool quantize_four(const T* x, int64_t n, int8_t* q, float* groups) {
-  vf largest[4];
-#pragma GCC unroll 4
-  for (int g = 0; g < 4; ++g) {
-    vf even = zero(), odd = zero();
-    for (int64_t i = 0; i < n; i += 2 * kWidth) {
-      const pair two = load_pair(x + g * n + i);
-      even = max_magnitude(two.first, even);
-      odd = max_magnitude(two.second, odd);
-    }
-    largest[g] = max_magnitude(even, odd);
-  }
-  float amax[4], inverse[4], sums[4];
-  reduce_max_magnitude4(largest[0], largest[1], largest[2], largest[3], amax);
-  bool usual = true;
-  for (int g = 0; g < 4; ++g) usual &= amax[g] >= 0x1p-100f && amax[g] - amax[g] == 0.0f;
-  if (!usual) return false;
-  for (int g = 0; g < 4; ++g) inverse[g] = 127.0f / amax[g];
-  vf sum[4];
+  float amax[4], inverse[4], scales[4], sums[4];
+  max_magnitudes4(x, n, amax);
+  if (!divide4(127.0f, amax, 0x1p-100f, inverse, scales)) return false;
+  int_sum sum[4];
 #pragma GCC unroll 4
   for (int g = 0; g < 4; ++g) {
     const vf scale = set1(inverse[g]);
-    sum[g] = zero();
+    sum[g] = zero_sum();
     for (int64_t i = 0; i < n; i += 2 * kWidth) {
       const pair two = load_pair(x + g * n + i);
       sum[g] = store_rounded(T{}, q + g * n + i, {two.first * scale, two.second * scale}, sum[g]);
@@ -86,19 +73,21 @@ FASTLLM_INLINE bool quantize_four(const T* x, int64_t n, int8_t* q, float* group
   }
   reduce_add4(sum[0], sum[1], sum[2], sum[3], sums);
   for (int g = 0; g < 4; ++g) {
-    groups[2 * g] = amax[g] / 127.0f;
+    groups[2 * g] = scales[g];
     groups[2 * g + 1] = sums[g];
   }
   return true;
 }
+#endif
 
 // The groups of x[0 .. n) one after the other; the last may be short. groups: (scale, sum) of each.
 template <typename T>
 FASTLLM_INLINE void quantize_groups(const T* x, int64_t n, int64_t group_size, int8_t* q, float* groups) {
   int64_t i = 0;
-  if (kWidth > 1 && group_size % (2 * kWidth) == 0) {
-    for (; i + 4 * group_size <= n && quantize_four(x + i, group_size, q + i, groups); i += 4 * group_size) groups += 8;
-  }
+#if FASTLLM_ISA_LEVEL >= 1
+  const int64_t four = group_size % (2 * kWidth) == 0 ? 4 * group_size : n + 1;
+  for (; i + four <= n && quantize_four(x + i, group_size, q + i, groups); i += four) groups += 8;
+#endif
   for (; i < n; i += group_size) {
     const Int8Group group = quantize_group(x + i, n - i < group_size ? n - i : group_size, q + i);
     *groups++ = group.scale;

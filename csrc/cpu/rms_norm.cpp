@@ -4,8 +4,8 @@
 // y may be rounded to int8 on the way (quantize.h): a piece of it at a time stands in L1, rounded to dtype first.
 //
 // Bytes a row: read K (and K of the residual), write K (and K of the sum). A row's squares are summed while the row
-// before it is normed: the one's arithmetic covers the other's way from memory, and the second pass finds it in L1 (rows
-// up to 8k floats).
+// before it is normed: the one's arithmetic covers the other's way from memory, and the second pass finds it in L1
+// (rows up to 8k floats).
 #include "rms_norm.h"
 
 #include "parallel.h"
@@ -79,8 +79,8 @@ FASTLLM_INLINE void norm_n(const RmsNormArgs& a, const T* x, const T* weight, in
   store_n(y, normed, n);
 }
 
-// n columns from `from` on: of x, whose squares are summed, to y (kNorm); of the next row, into its sum (kNext). A sum's
-// bits do not depend on what goes on beside it.
+// n columns from `from` on: of x, whose squares are summed, to y (kNorm); of the next row, into its sum (kNext). A
+// sum's bits do not depend on what goes on beside it.
 template <bool kLlama, bool kResidual, bool kNorm, bool kNext, typename T>
 FASTLLM_INLINE void segment(const RmsNormArgs& a, const T* x, vf scale, T* y, Row<T>* next, int64_t from, int64_t n) {
   constexpr int64_t kPair = 2 * kWidth;
@@ -91,7 +91,8 @@ FASTLLM_INLINE void segment(const RmsNormArgs& a, const T* x, vf scale, T* y, Ro
     if constexpr (kNext) first = take_in<kResidual>(*next, from + k, first);
     if constexpr (kNorm) norm_pair<kLlama>(a, x + from + k, weight ? weight + k : weight, scale, y + k);
     if constexpr (kNext) second = take_in<kResidual>(*next, from + k + kPair, second);
-    if constexpr (kNorm) norm_pair<kLlama>(a, x + from + k + kPair, weight ? weight + k + kPair : weight, scale, y + k + kPair);
+    if constexpr (kNorm)
+      norm_pair<kLlama>(a, x + from + k + kPair, weight ? weight + k + kPair : weight, scale, y + k + kPair);
   }
   for (; k < n; k += kWidth) {
     const int64_t left = n - k < kWidth ? n - k : kWidth;

@@ -54,7 +54,6 @@ FASTLLM_INLINE vf load_n(const float* p, int64_t n) { return {_mm256_maskload_ps
 FASTLLM_INLINE void store(float* p, vf a) { _mm256_storeu_ps(p, a.v); }
 FASTLLM_INLINE void store_n(float* p, vf a, int64_t n) { _mm256_maskstore_ps(p, lane_mask(n), a.v); }
 
-// A pair of load_pair(bf16) to int8, in the order of the columns; their sum joins `sum`.
 FASTLLM_INLINE vf store_rounded(bf16, int8_t* p, pair a, vf sum) {
   const __m256i even = _mm256_cvtps_epi32(a.first.v), odd = _mm256_cvtps_epi32(a.second.v);
   const __m256i low = _mm256_set1_epi32(0xff);

@@ -149,13 +149,73 @@ FASTLLM_INLINE void store_n(int8_t* p, vf a, int64_t n) {
   _mm_mask_storeu_epi8(p, lane_mask(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
 
-// A pair of load_pair(bf16) to int8, in the order of the columns; their sum joins `sum`.
+// The largest of n words without their signs, n a multiple of 32: magnitudes order like their bits. Still in lanes.
+template <typename Half>
+FASTLLM_INLINE __m256i largest_words(const Half* p, int64_t n) {
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += 32) {
+    const __m512i bits = _mm512_and_si512(_mm512_loadu_si512(p + i), _mm512_set1_epi16(0x7fff));
+    largest = _mm512_max_epu16(largest, bits);
+  }
+  return _mm256_max_epu16(_mm512_castsi512_si256(largest), _mm512_extracti64x4_epi64(largest, 1));
+}
+// Of four groups, in the four lowest words.
+template <typename Half>
+FASTLLM_INLINE __m128i largest_words4(const Half* p, int64_t n) {
+  const __m256i a = largest_words(p, n), b = largest_words(p + n, n);
+  const __m256i c = largest_words(p + 2 * n, n), d = largest_words(p + 3 * n, n);
+  const __m256i ab = _mm256_max_epu16(_mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b));
+  const __m256i cd = _mm256_max_epu16(_mm256_unpacklo_epi16(c, d), _mm256_unpackhi_epi16(c, d));
+  const __m256i abcd = _mm256_max_epu16(_mm256_unpacklo_epi32(ab, cd), _mm256_unpackhi_epi32(ab, cd));
+  const __m128i twice = _mm_max_epu16(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
+  return _mm_max_epu16(twice, _mm_unpackhi_epi64(twice, twice));
+}
+FASTLLM_INLINE void max_magnitudes4(const bf16* p, int64_t n, float* largest) {
+  const __m128i bits = _mm_slli_epi32(_mm_cvtepu16_epi32(largest_words4(p, n)), 16);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(largest), bits);
+}
+FASTLLM_INLINE void max_magnitudes4(const f16* p, int64_t n, float* largest) {
+  _mm_storeu_ps(largest, _mm_cvtph_ps(largest_words4(p, n)));
+}
+
+// Even and odd columns, as bytes in the order of the columns.
+FASTLLM_INLINE __m256i merged_bytes(__m512i even, __m512i odd) {
+  const __m512i low = _mm512_and_si512(even, _mm512_set1_epi32(0xff));
+  return _mm512_cvtepi32_epi16(_mm512_or_si512(low, _mm512_slli_epi32(odd, 8)));
+}
+#if FASTLLM_ISA_LEVEL >= 3
+// Integers' sums are dot products with ones.
+struct int_sum {
+  __m256i v;
+};
+FASTLLM_INLINE int_sum zero_sum() { return {_mm256_setzero_si256()}; }
+FASTLLM_INLINE void reduce_add4(int_sum a, int_sum b, int_sum c, int_sum d, float* sums) {
+  const __m256i ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a.v, b.v), _mm256_unpackhi_epi32(a.v, b.v));
+  const __m256i cd = _mm256_add_epi32(_mm256_unpacklo_epi32(c.v, d.v), _mm256_unpackhi_epi32(c.v, d.v));
+  const __m256i abcd = _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+  const __m128i of_each = _mm_add_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
+  _mm_storeu_ps(sums, _mm_cvtepi32_ps(of_each));
+}
+FASTLLM_INLINE int_sum store_bytes(int8_t* p, __m256i bytes, int_sum sum) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes);
+  return {_mm256_dpbusd_epi32(sum.v, _mm256_set1_epi8(1), bytes)};
+}
+FASTLLM_INLINE int_sum store_rounded(bf16, int8_t* p, pair a, int_sum sum) {
+  return store_bytes(p, merged_bytes(_mm512_cvtps_epi32(a.first.v), _mm512_cvtps_epi32(a.second.v)), sum);
+}
+template <typename T>
+FASTLLM_INLINE int_sum store_rounded(T, int8_t* p, pair a, int_sum sum) {
+  const __m128i first = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.first.v));
+  const __m128i second = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.second.v));
+  return store_bytes(p, _mm256_set_m128i(second, first), sum);
+}
+#else
 FASTLLM_INLINE vf store_rounded(bf16, int8_t* p, pair a, vf sum) {
   const __m512i even = _mm512_cvtps_epi32(a.first.v), odd = _mm512_cvtps_epi32(a.second.v);
-  const __m512i both = _mm512_or_si512(_mm512_and_si512(even, _mm512_set1_epi32(0xff)), _mm512_slli_epi32(odd, 8));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(both));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), merged_bytes(even, odd));
   return {_mm512_add_ps(sum.v, _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)))};
 }
+#endif
 
 // Four vectors, one after the other.
 FASTLLM_INLINE void store4(int8_t* p, vf a, vf b, vf c, vf d) {

@@ -115,12 +115,6 @@ FASTLLM_INLINE vf max_magnitude(vf a, vf b) {
   return bits > bits_from_float(b.v) ? vf{float_from_bits(bits)} : b;
 }
 FASTLLM_INLINE float reduce_max_magnitude(vf a) { return a.v; }
-FASTLLM_INLINE void reduce_max_magnitude4(vf a, vf b, vf c, vf d, float* largest) {
-  largest[0] = a.v;
-  largest[1] = b.v;
-  largest[2] = c.v;
-  largest[3] = d.v;
-}
 FASTLLM_INLINE float reduce_add(vf a) { return a.v; }
 // The four sums, one after the other.
 FASTLLM_INLINE void reduce_add4(vf a, vf b, vf c, vf d, float* sums) {

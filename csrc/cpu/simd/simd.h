@@ -4,9 +4,10 @@
 //   load / store (float, bf16, f16 or int8_t in memory, float in registers), load_n / store_n (the first n lanes; the
 //   rest reads as 0), set1, zero, + - * /, fmadd(a, b, c) = a * b + c, fnmadd(a, b, c) = c - a * b, max, min,
 //   reduce_add, reduce_add4 and reduce_add16 (so many vectors at once), reduce_max, max_magnitude(a, b) = max(|a|, b)
-//   for b from it or 0, with infinities and NaN on top, reduce_max_magnitude, reduce_max_magnitude4, store4 (four
+//   for b from it or 0, with infinities and NaN on top, reduce_max_magnitude, store4 (four
 //   vectors, to int8_t), low_bits_to_exponent, power_of_two, reciprocal_coarse, exp, exp2, sigmoid, tanh; fmaddsub and
-//   swap_pairs where there are pairs of lanes (not scalar), rest_of_below and scale_by_power_below on AVX-512.
+//   swap_pairs where there are pairs of lanes (not scalar), so reduce_max_magnitude4, max_magnitudes4 and divide4,
+//   rest_of_below and scale_by_power_below on AVX-512.
 // Stores round to nearest even; what goes to int8_t must be finite and is at most 127. max(a, b) and min(a, b) return b
 // where either is NaN, as the x86 instructions do.
 //
@@ -54,6 +55,15 @@ FASTLLM_INLINE void store_max4(__m256i a, __m256i b, __m256i c, __m256i d, float
   const __m128i of_each = _mm_max_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(largest), of_each);
 }
+// by / a[i] and a[i] / by. False where an a[i] is below `least` or not finite.
+FASTLLM_INLINE bool divide4(float by, const float* a, float least, float* inverse, float* quotient) {
+  const __m128 of = _mm_loadu_ps(a), b = _mm_set1_ps(by);
+  _mm_storeu_ps(inverse, _mm_div_ps(b, of));
+  _mm_storeu_ps(quotient, _mm_div_ps(of, b));
+  const __m128 inside =
+      _mm_and_ps(_mm_cmpge_ps(of, _mm_set1_ps(least)), _mm_cmplt_ps(of, _mm_set1_ps(__builtin_inff())));
+  return _mm_movemask_ps(inside) == 15;
+}
 
 }  // namespace
 }  // namespace fastllm::cpu::FASTLLM_ISA
@@ -80,14 +90,36 @@ FASTLLM_INLINE void store_clean(T* p, pair a) {
   store(p, a.first);
   store(p + kWidth, a.second);
 }
-// A pair of load_pair(T) to int8, in the order of the columns; their sum joins `sum`.
+#if FASTLLM_ISA_LEVEL >= 1
+// The largest magnitudes of four groups of n numbers, one after the other, n a multiple of 2 kWidth.
 template <typename T>
-FASTLLM_INLINE vf store_rounded(T, int8_t* p, pair a, vf sum) {
+FASTLLM_INLINE void max_magnitudes4(const T* p, int64_t n, float* largest) {
+  vf of[4];
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) {
+    vf first = zero(), second = zero();
+    for (int64_t i = g * n; i < (g + 1) * n; i += 2 * kWidth) {
+      const pair two = load_pair(p + i);
+      first = max_magnitude(two.first, first);
+      second = max_magnitude(two.second, second);
+    }
+    of[g] = max_magnitude(first, second);
+  }
+  reduce_max_magnitude4(of[0], of[1], of[2], of[3], largest);
+}
+#endif
+// store_rounded puts a pair of load_pair(T) into int8, in the order of the columns; their sum joins `sum`, an int_sum.
+#if FASTLLM_ISA_LEVEL < 3
+using int_sum = vf;
+FASTLLM_INLINE int_sum zero_sum() { return zero(); }
+template <typename T>
+FASTLLM_INLINE int_sum store_rounded(T, int8_t* p, pair a, int_sum sum) {
   const vf first = round_nearest(a.first), second = round_nearest(a.second);
   store(p, first);
   store(p + kWidth, second);
   return sum + (first + second);
 }
+#endif
 template <typename T>
 FASTLLM_INLINE pair round_clean(T, pair a) {
   return {round_clean(T{}, a.first), round_clean(T{}, a.second)};
