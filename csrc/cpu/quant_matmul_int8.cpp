@@ -201,6 +201,7 @@ struct Segment {
   const ActivationGroup* group;  // the first token's first; the other tokens' group_stride apart
   const float* scale;            // (groups, blocks, 16)
   const float* offset;           // likewise, or null
+  bool one_scale;                // all groups have the same, and no offset
   int64_t block_stride, x_stride, group_stride;
   int64_t units, units_a_group;
   float* sums;  // (tokens, blocks, 16): written by the first segment, added to by the others
@@ -279,8 +280,9 @@ FASTLLM_INLINE void add_group(const uint8_t*& weights, const int8_t*& x, const S
   }
 }
 
-// kOneStep: a group is a step, of which sums of 16 bits are all there is.
-template <typename T, bool kOneStep, bool kOffset>
+// kOneStep: a group is a step, of which sums of 16 bits are all there is. kOneScale: the weights' scale multiplies the
+// segment's sum, on the ports of the dot products, rather than each group's.
+template <typename T, bool kOneStep, bool kOffset, bool kOneScale>
 FASTLLM_INLINE void add_groups(const Segment& s) {
   const uint8_t* weights = s.weights;
   const int8_t* x = s.x;
@@ -319,13 +321,14 @@ FASTLLM_INLINE void add_groups(const Segment& s) {
 #pragma GCC unroll 16
       for (int t = 0; t < T::kTokens; ++t) {
         const ActivationGroup& of = group[t * s.group_stride];
-        vf total = fmadd(to_float(sums[t][v]) * ws, set1(of.scale), totals[t][v]);
+        const vf sum = to_float(sums[t][v]);
+        vf total = fmadd(kOneScale ? sum : sum * ws, set1(of.scale), totals[t][v]);
         if constexpr (kOffset) total = fmadd(wo, set1(of.sum), total);
         totals[t][v] = total;
       }
     }
     if constexpr (kOffset) offset += T::kBlocks * kBlockRows;
-    scale += T::kBlocks * kBlockRows;
+    if constexpr (!kOneScale) scale += T::kBlocks * kBlockRows;
     ++group;
   }
 #pragma GCC unroll 16
@@ -333,7 +336,8 @@ FASTLLM_INLINE void add_groups(const Segment& s) {
 #pragma GCC unroll 16
     for (int v = 0; v < T::kVectors; ++v) {
       float* to = s.sums + (t * T::kVectors + v) * kWidth;
-      store(to, s.first ? totals[t][v] : load(to) + totals[t][v]);
+      const vf total = kOneScale ? totals[t][v] * load(scale + v * kWidth) : totals[t][v];
+      store(to, s.first ? total : load(to) + total);
     }
   }
 }
@@ -343,9 +347,11 @@ void add_tile(const Segment& s) {
   constexpr bool kNarrow = kNarrowSums<T::kBits>;
   const bool one_step = kNarrow && s.units_a_group == kUnitsAStep;
   if (s.offset) {
-    one_step ? add_groups<T, kNarrow, true>(s) : add_groups<T, false, true>(s);
+    one_step ? add_groups<T, kNarrow, true, false>(s) : add_groups<T, false, true, false>(s);
+  } else if (one_step) {
+    add_groups<T, kNarrow, false, false>(s);
   } else {
-    one_step ? add_groups<T, kNarrow, false>(s) : add_groups<T, false, false>(s);
+    s.one_scale ? add_groups<T, false, false, true>(s) : add_groups<T, false, false, false>(s);
   }
 }
 
@@ -425,6 +431,7 @@ void multiply_some(const QuantMatmulArgs& a, const Tokens& of_pass, int64_t bloc
     s.group_stride = act_groups;
     s.scale = scale;
     s.offset = has_offset ? offset : nullptr;
+    s.one_scale = !has_offset && a.group_size == a.K;
     s.units = padded_k(count) / kUnitColumns<kBits>;
     s.units_a_group = act_group / kUnitColumns<kBits>;
     s.sums = sums;
