@@ -32,7 +32,7 @@ PLACE = re.compile(r"(?P<start><!-- rivals(?P<all>: all)? -->\n).*?(?P<end><!-- 
 
 def summarise(records: Sequence[dict[str, Any]], limits: dict[str, Any]) -> list[dict[str, Any]]:
     """One row a contestant and work: median and extremes over the rounds, ratios to the best rival, share of the limit: of what
-    the machine gave just before and after each run, where that was measured, else of ``limits``."""
+    the machine gave just before and after each turn, where that was measured, else of ``limits``."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for record in records:
         key = tuple(record[name] for name in ("shape", "set", "work", "rival", "variant"))
@@ -101,7 +101,7 @@ def tables(results: dict[str, Any], plots: str | None) -> str:
         f"{results['machine']['processor']} ({limits['isa']}), {results['threads']} threads, {results['date']}, commit "
         f"{results['commit']}. Measured limits: {limits['read_memory']:.1f} GB/s "
         f"read from memory, {limits['int8']:.0f} GOP/s int8 dot products, {limits['int4']:.0f} of bytes by 4 bits at best; "
-        "shares are of what the machine gave just before and after each run. Random weights in the models' shapes."
+        "shares are of what the machine gave just before and after each turn. Random weights in the models' shapes."
     ]
     for shape in dict.fromkeys(row["shape"] for row in rows):
         title = SHAPES[shape].title
@@ -158,7 +158,7 @@ def standard(rows: Sequence[dict[str, Any]]) -> str:
         lines.append([*line, f"{by_work[works[-1]]['peak_rss_mib']:.0f}"])
     text = markdown([*columns, "peak MiB"], lines, left=2)
     if any(row.get("others_cpu", 0) >= DISTURBED for row in rows):
-        text += "\n\n\\* others used more than 5 % of the machine during a run."
+        text += "\n\n\\* others used more than 5 % of the machine during a turn."
     return text + ("\n\nNot measured:\n\n" + "\n".join(reasons) if reasons else "")
 
 
