@@ -119,8 +119,8 @@ FASTLLM_INLINE pair round_ordered(bf16, pair a) {
 FASTLLM_INLINE void store_ordered(bf16* p, pair a) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(a.second.v, a.first.v));
 }
-// sum + the squares of 32 numbers, those of neighbours added first; numbers below 2^-126 count as 0.
-FASTLLM_INLINE vf add_squares(vf sum, const bf16* p) {
+// Those of neighbours added first.
+FASTLLM_INLINE vf add_normal_squares(vf sum, const bf16* p) {
   const __m512bh both = (__m512bh)_mm512_loadu_si512(p);
   return {_mm512_dpbf16_ps(sum.v, both, both)};
 }

@@ -142,6 +142,11 @@ FASTLLM_INLINE vf add_squares(vf sum, const T* p) {
   const pair a = load_pair(p);
   return fmadd(a.second, a.second, fmadd(a.first, a.first, sum));
 }
+// The same, but that squares below 2^-126 may count as 0.
+template <typename T>
+FASTLLM_INLINE vf add_normal_squares(vf sum, const T* p) {
+  return add_squares(sum, p);
+}
 
 }  // namespace
 }  // namespace fastllm::cpu::FASTLLM_ISA

@@ -90,6 +90,7 @@ def _cases() -> list[Case]:
         add("gemma 33x256", 33, 256, offset=1.0, rounding="gemma", residual=True)
         add("tiny values, eps matters 8x64", 8, 64, scale=1e-3, eps=1e-5)
         if dtype == torch.bfloat16:
+            add("squares below 2^-126, no eps 8x200", 8, 200, scale=2.0**-66, eps=0.0)
             add("llama-3.1-70b prefill 4096x8192", 4096, 8192, bench=True, gpu=True)
             add("llama-3.1-70b prefill 16384x8192 residual", 16384, 8192, bench=True, gpu=True, residual=True)
         cases.append(Case("outliers 5x576", dtype, _outliers(dtype), 2 * 5 * 576 * size))
