@@ -159,3 +159,16 @@ def test_what_it_is_and_what_it_stands_for():
     # x * (127 / amax) is up to 127, and has been rounded twice where it is rounded to an integer.
     slack = 1 + 2 * 127 * torch.finfo(torch.float32).eps
     assert bool(((y.dequantize(torch.float32) - x.float())[..., :64].abs() <= step / 2 * slack).all())
+
+
+@pytest.mark.parametrize("isa", backends.isa_names())
+@pytest.mark.parametrize("scale", [1e-25, 1e36])
+def test_products_with_one_scale_a_row_stay_in_range(isa, scale):
+    """Where groups' sums are scaled only at the end: neither infinite nor lost before."""
+    g = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(48, 4096, generator=g) * 1e-3, torch.randn(13, 4096, generator=g)
+    q = quantize(weight, bits=8, group_size=-1)
+    with backends.use_isa(isa):
+        y = fastllm.ops.quant_matmul(x * scale, q, activations="int8").double() / scale
+        wanted = fastllm.ops.quant_matmul(x, q, activations="int8").double()
+    assert (y - wanted).abs().max() <= 1e-4 * wanted.abs().max()

@@ -150,6 +150,14 @@ FASTLLM_INLINE int32_t start_of(int32_t total, int64_t group_size) {
   return -kCenter<kBits> * total;
 }
 
+// All groups of a row have the same scale and no offset: the sum of them is scaled, and smaller until then, so that it
+// stays finite where the result does.
+template <int kBits>
+FASTLLM_INLINE bool has_one_scale(const QuantMatmulArgs& a) {
+  return a.minimum == nullptr && a.zero == kCenter<kBits> && a.group_size == a.K && a.K > 128;
+}
+constexpr float kSmaller = 0x1p-20f;
+
 // One token's integers, which may be given. out: whole segments, `segment_stride` bytes apart; groups: one for each
 // `group_size` columns.
 template <int kBits>
@@ -157,6 +165,7 @@ void quantize_token(const QuantMatmulArgs& a, int64_t token, int64_t group_size,
                     ActivationGroup* groups) {
   const int64_t x_at = row_offset(a.x_rows, token), token_groups = (a.K + group_size - 1) / group_size;
   const int64_t segment = int8_segment(a.K);
+  const float factor = has_one_scale<kBits>(a) ? kSmaller : 1.0f;
   for (int64_t k = 0; k < a.K; k += segment, out += segment_stride) {
     const int64_t count = a.K - k < segment ? a.K - k : segment, padded = padded_k(count);
     alignas(64) int8_t bytes[kMaxSegment];
@@ -176,7 +185,7 @@ void quantize_token(const QuantMatmulArgs& a, int64_t token, int64_t group_size,
       const float scale = of[2 * g], sum = of[2 * g + 1];
       // Given sums may be anything; true ones are far from where a conversion has no result.
       const int32_t total = __builtin_fabsf(sum) <= 0x1p20f ? static_cast<int32_t>(sum) : 0;
-      *groups++ = {scale, scale * sum, start_of<kBits>(total, group_size)};
+      *groups++ = {scale * factor, scale * sum, start_of<kBits>(total, group_size)};
     }
     if constexpr (kWideActivations<kBits>) {
       // Even columns stand in the low halves of the weights' dwords, odd ones in the high.
@@ -336,7 +345,8 @@ FASTLLM_INLINE void add_groups(const Segment& s) {
 #pragma GCC unroll 16
     for (int v = 0; v < T::kVectors; ++v) {
       float* to = s.sums + (t * T::kVectors + v) * kWidth;
-      const vf total = kOneScale ? totals[t][v] * load(scale + v * kWidth) : totals[t][v];
+      const vf one_scale = load(s.scale + v * kWidth) * set1(1 / kSmaller);
+      const vf total = kOneScale ? totals[t][v] * one_scale : totals[t][v];
       store(to, s.first ? total : load(to) + total);
     }
   }
@@ -431,7 +441,7 @@ void multiply_some(const QuantMatmulArgs& a, const Tokens& of_pass, int64_t bloc
     s.group_stride = act_groups;
     s.scale = scale;
     s.offset = has_offset ? offset : nullptr;
-    s.one_scale = !has_offset && a.group_size == a.K;
+    s.one_scale = has_one_scale<kBits>(a);
     s.units = padded_k(count) / kUnitColumns<kBits>;
     s.units_a_group = act_group / kUnitColumns<kBits>;
     s.sums = sums;

@@ -17,7 +17,7 @@ inline constexpr int64_t kPassTokens = 512;
 
 // One group of one token's activations.
 struct ActivationGroup {
-  float scale;    // real value per integer step
+  float scale;    // real value per integer step, kSmaller where the weights have one scale
   float sum;      // scale * (sum of the integers): what the weights' offset multiplies
   int32_t start;  // -center * (sum of the integers): what the integer sums start from
 };
