@@ -2,8 +2,8 @@
 
 On a GPU a sample is a CUDA graph of many calls: what the GPU takes, not what Python and the driver take to launch it.
 
-A turn of a warm row: one untimed call, which brings back what the others pushed out of the caches, then enough timed calls
-in a row to last 100 us. A turn of a cold row: one timed call, on the next of more argument sets than the last-level cache
+A turn of a warm row: untimed calls for 4 ms, which bring back what the others pushed out of the caches (one call does not: a last
+level keeps the others' lines for several), then enough timed calls in a row to last 100 us. A turn of a cold row: one timed call, on the next of more argument sets than the last-level cache
 holds. Warmed up by time; repeated until the budget is spent. Ratios are medians of the pairs of one turn.
 """
 
@@ -23,6 +23,7 @@ __all__ = ["Timing", "in_turns", "in_turns_on_gpu", "ratio"]
 
 MIN_TURNS, MAX_TURNS = 5, 400
 BATCH_SECONDS = 100e-6
+UNTIMED_SECONDS = 4e-3
 GPU_BATCH_SECONDS, GPU_BATCH_CALLS = 2e-3, 100  # of a graph: its own launch costs some 10 us
 
 
@@ -77,7 +78,7 @@ def in_turns(
         warmup: seconds of calls before, for each contestant (at least one call).
     """
     own = {name: argument_sets[name] if isinstance(argument_sets, Mapping) else argument_sets for name in calls}
-    batch = {}
+    batch, untimed = {}, {}
     for name, call in calls.items():
         fastest, end = float("inf"), time.perf_counter() + warmup
         while True:
@@ -88,6 +89,7 @@ def in_turns(
             if now >= end:
                 break
         batch[name] = 1 if cold else max(1, round(BATCH_SECONDS / fastest))
+        untimed[name] = max(1, round(UNTIMED_SECONDS / fastest))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     collecting, turn, used = gc.isenabled(), 0, 0
     gc.disable()  # a collection in the middle of a call would be charged to it
@@ -100,7 +102,8 @@ def in_turns(
                     arguments = own[name][used % len(own[name])]
                 else:
                     arguments = own[name][0]
-                    call(**arguments)
+                    for _ in range(untimed[name]):
+                        call(**arguments)
                 count = batch[name]
                 start = time.perf_counter()
                 for _ in range(count):
