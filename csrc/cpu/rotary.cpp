@@ -33,30 +33,47 @@ FASTLLM_INLINE void copy_lanes(const X* x, X* y, int64_t n) {
   std::memcpy(y, x, static_cast<size_t>(n) * sizeof(X));
 }
 
-template <typename X, typename C, typename Y>
-FASTLLM_INLINE void rotate_halves(const X* x, Y* y, const C* cos, const C* sin, int64_t half) {
+// Of one token N heads, so many elements apart: cos and sin are loaded and widened once for them.
+template <int N, typename X, typename C, typename Y>
+FASTLLM_INLINE void rotate_halves(const X* x, int64_t x_apart, Y* y, int64_t y_apart, const C* cos, const C* sin,
+                                  int64_t half) {
   int64_t i = 0;
   if constexpr (std::is_same_v<X, C> && std::is_same_v<X, Y>) {  // in the order of pairs, whatever it is
     for (; i + 2 * kWidth <= half; i += 2 * kWidth) {
-      const pair a = load_pair(x + i), b = load_pair(x + half + i);
       const pair cos_a = load_pair(cos + i), sin_a = load_pair(sin + i);
       const pair cos_b = load_pair(cos + half + i), sin_b = load_pair(sin + half + i);
-      store_clean(y + i, pair{fnmadd(b.first, sin_a.first, a.first * cos_a.first),
-                              fnmadd(b.second, sin_a.second, a.second * cos_a.second)});
-      store_clean(y + half + i, pair{fmadd(a.first, sin_b.first, b.first * cos_b.first),
-                                     fmadd(a.second, sin_b.second, b.second * cos_b.second)});
+      for (int h = 0; h < N; ++h) {
+        const X* from = x + h * x_apart + i;
+        Y* to = y + h * y_apart + i;
+        const pair a = load_pair(from), b = load_pair(from + half);
+        store_clean(to, pair{fnmadd(b.first, sin_a.first, a.first * cos_a.first),
+                             fnmadd(b.second, sin_a.second, a.second * cos_a.second)});
+        store_clean(to + half, pair{fmadd(a.first, sin_b.first, b.first * cos_b.first),
+                                    fmadd(a.second, sin_b.second, b.second * cos_b.second)});
+      }
     }
   }
   for (; i + kWidth <= half; i += kWidth) {
-    const vf a = load(x + i), b = load(x + half + i);
-    store(y + i, fnmadd(b, load(sin + i), a * load(cos + i)));
-    store(y + half + i, fmadd(a, load(sin + half + i), b * load(cos + half + i)));
+    const vf cos_a = load(cos + i), sin_a = load(sin + i), cos_b = load(cos + half + i), sin_b = load(sin + half + i);
+    for (int h = 0; h < N; ++h) {
+      const X* from = x + h * x_apart + i;
+      Y* to = y + h * y_apart + i;
+      const vf a = load(from), b = load(from + half);
+      store(to, fnmadd(b, sin_a, a * cos_a));
+      store(to + half, fmadd(a, sin_b, b * cos_b));
+    }
   }
   if (i < half) {
     const int64_t n = half - i;
-    const vf a = load_n(x + i, n), b = load_n(x + half + i, n);
-    store_n(y + i, fnmadd(b, load_n(sin + i, n), a * load_n(cos + i, n)), n);
-    store_n(y + half + i, fmadd(a, load_n(sin + half + i, n), b * load_n(cos + half + i, n)), n);
+    const vf cos_a = load_n(cos + i, n), sin_a = load_n(sin + i, n);
+    const vf cos_b = load_n(cos + half + i, n), sin_b = load_n(sin + half + i, n);
+    for (int h = 0; h < N; ++h) {
+      const X* from = x + h * x_apart + i;
+      Y* to = y + h * y_apart + i;
+      const vf a = load_n(from, n), b = load_n(from + half, n);
+      store_n(to, fnmadd(b, sin_a, a * cos_a), n);
+      store_n(to + half, fmadd(a, sin_b, b * cos_b), n);
+    }
   }
 }
 
@@ -86,55 +103,67 @@ FASTLLM_INLINE int64_t index_at(const int64_t* indices, const int64_t* strides, 
   return indices ? indices[b * strides[0] + t * strides[1]] : t;
 }
 
-// x, turned by its token's angle or as it is, goes to y.
-template <typename X, typename C, typename Y>
-FASTLLM_INLINE void turn_row(const RotaryArgs& a, bool rotated, const X* x, Y* y, int64_t b, int64_t t) {
+// x, N heads of a token, turned by the token's angle or as they are, goes to y.
+template <int N, typename X, typename C, typename Y>
+FASTLLM_INLINE void turn_rows(const RotaryArgs& a, bool rotated, const X* x, int64_t x_apart, Y* y, int64_t y_apart,
+                              int64_t b, int64_t t) {
   if (!rotated) {
-    copy_lanes(x, y, a.D);
+    for (int h = 0; h < N; ++h) copy_lanes(x + h * x_apart, y + h * y_apart, a.D);
     return;
   }
   const int64_t angle = index_at(a.positions, a.positions_strides, b, t);
   const C* cos = static_cast<const C*>(a.cos) + b * a.cos_strides[0] + angle * a.cos_strides[1];
   const C* sin = static_cast<const C*>(a.sin) + b * a.sin_strides[0] + angle * a.sin_strides[1];
   if (a.interleaved) {
-    rotate_pairs(x, y, cos, sin, a.R);
+    for (int h = 0; h < N; ++h) rotate_pairs(x + h * x_apart, y + h * y_apart, cos, sin, a.R);
   } else {
-    rotate_halves(x, y, cos, sin, a.R / 2);
+    rotate_halves<N>(x, x_apart, y, y_apart, cos, sin, a.R / 2);
   }
-  if (a.R < a.D) copy_lanes(x + a.R, y + a.R, a.D - a.R);
+  if (a.R < a.D) {
+    for (int h = 0; h < N; ++h) copy_lanes(x + h * x_apart + a.R, y + h * y_apart + a.R, a.D - a.R);
+  }
 }
 
-// One head of one token.
-template <typename X, typename C, typename Y>
-FASTLLM_INLINE void rotary_row(const RotaryArgs& a, const RotaryTensor& tensor, int64_t b, int64_t h, int64_t t) {
+// N heads of one token, from head h.
+template <int N, typename X, typename C, typename Y>
+FASTLLM_INLINE void rotary_rows(const RotaryArgs& a, const RotaryTensor& tensor, int64_t b, int64_t h, int64_t t) {
   const int64_t row = tensor.slotted ? index_at(a.slots, a.slots_strides, b, t) : t;
   const int64_t *in = tensor.in_strides, *out = tensor.out_strides;
   const X* x = static_cast<const X*>(tensor.in) + b * in[0] + h * in[1] + t * in[2];
   Y* y = static_cast<Y*>(tensor.out) + b * out[0] + h * out[1] + row * out[2];
   if constexpr (sizeof(Y) == 1) {
+    static_assert(N == 1);
     float wide[kMaxInt8Row];
-    turn_row<X, C>(a, tensor.rotated, x, wide, b, t);
+    turn_rows<1, X, C>(a, tensor.rotated, x, 0, wide, 0, b, t);
     const int64_t* at = tensor.scale_strides;
     tensor.scale[b * at[0] + h * at[1] + row * at[2]] = quantize_group(wide, a.D, y).scale;
   } else {
-    turn_row<X, C>(a, tensor.rotated, x, y, b, t);
+    turn_rows<N, X, C>(a, tensor.rotated, x, in[1], y, out[1], b, t);
   }
 }
 
-// Tokens [t0, t1) of batch b, in the order in which the rows stand in memory.
+// Tokens [t0, t1) of N heads.
+template <int N, typename X, typename C, typename Y>
+FASTLLM_INLINE void rotary_heads(const RotaryArgs& a, const RotaryTensor& tensor, int64_t b, int64_t h, int64_t t0,
+                                 int64_t t1) {
+  for (int64_t t = t0; t < t1; ++t) rotary_rows<N, X, C, Y>(a, tensor, b, h, t);
+}
+
+// Tokens [t0, t1) of batch b.
 template <typename X, typename C, typename Y>
 void rotary_tokens(const RotaryArgs& args, const RotaryTensor& of, int64_t b, int64_t t0, int64_t t1) {
   // Copies, because a vector's store may change whatever has an address, for all that the compiler knows.
   const RotaryArgs a = args;
   const RotaryTensor tensor = of;
-  if (tensor.in_strides[1] < tensor.in_strides[2]) {
-    for (int64_t t = t0; t < t1; ++t) {
-      for (int64_t h = 0; h < tensor.heads; ++h) rotary_row<X, C, Y>(a, tensor, b, h, t);
-    }
-  } else {
-    for (int64_t h = 0; h < tensor.heads; ++h) {
-      for (int64_t t = t0; t < t1; ++t) rotary_row<X, C, Y>(a, tensor, b, h, t);
-    }
+  // That share a token's cos and sin, widened: 103 -> 74 us for q (1, 32, 512, 64) and 8 heads of k in bf16. In fp32,
+  // where nothing is widened, rows one after the other suit the prefetcher better.
+  constexpr int kHeads = sizeof(X) == 2 && sizeof(Y) == 2 ? 4 : 1;
+  // In the order in which the rows stand in memory: a token's heads, or a head's tokens.
+  const int64_t run = tensor.in_strides[1] < tensor.in_strides[2] ? 1 : t1 - t0;
+  for (int64_t t = t0; t < t1; t += run) {
+    int64_t h = 0;
+    for (; h + kHeads <= tensor.heads; h += kHeads) rotary_heads<kHeads, X, C, Y>(a, tensor, b, h, t, t + run);
+    for (; h < tensor.heads; ++h) rotary_heads<1, X, C, Y>(a, tensor, b, h, t, t + run);
   }
 }
 
