@@ -33,6 +33,7 @@ constexpr int kRows = 4, kChains = 12;
 constexpr int64_t kSplit = 128;                 // 32 KiB of K and V at D = 64 in bf16
 constexpr int64_t kWorkerFlops = 1 << 18;       // some microseconds
 constexpr int64_t kAheadBytes = 8192;           // of keys, asked for before they are wanted
+constexpr int kAsked = 4;                       // rows of values, asked for together
 constexpr int64_t kLineFloats = 16;             // of a cache line
 constexpr int64_t kRun = kWidth == 1 ? 8 : 32;  // one lane has no other lanes to share a sum with
 constexpr int64_t kScoreRun = kWidth == 1 ? 8 : 16;
@@ -66,9 +67,13 @@ FASTLLM_INLINE void score_tile(const float* q, int64_t wide, const T* k, int64_t
       }
       d = D;
     }
+    if (kSums == 16 && Keys == 4 && Rows == 4 && first == 0) {
+      reduce_add16(acc, p, kSplit);
+      continue;
+    }
     float sums[kSums];
 #pragma GCC unroll 2
-    for (int i = 0; i < kBySixteen; i += 16) reduce_add16(acc + i, sums + i);
+    for (int i = 0; i < kBySixteen; i += 16) reduce_add16(acc + i, sums + i, 4);
 #pragma GCC unroll 8
     for (int i = kBySixteen; i < kSums; i += 4) reduce_add4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3], sums + i);
 #pragma GCC unroll 8
@@ -87,11 +92,16 @@ struct Streamed {
   const T *first, *then;  // `count` rows, and those that follow
   int64_t stride, then_stride, count, D, ahead;
 };
-template <typename T>
+template <int Count, typename T>
 FASTLLM_INLINE void ask_ahead(const Streamed<T>& rows, int64_t row) {
   const int64_t at = row + rows.ahead;
-  const T* from = at < rows.count ? rows.first + at * rows.stride : rows.then + (at - rows.count) * rows.then_stride;
-  for (int64_t d = 0; d < rows.D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + d);
+  const bool then = at >= rows.count;
+  const int64_t stride = then ? rows.then_stride : rows.stride;
+  const T* from = then ? rows.then + (at - rows.count) * stride : rows.first + at * stride;
+  for (int64_t d = 0; d < rows.D; d += 64 / static_cast<int64_t>(sizeof(T))) {
+#pragma GCC unroll 4
+    for (int j = 0; j < Count; ++j) __builtin_prefetch(from + j * stride + d);
+  }
 }
 
 template <int Rows, typename T>
@@ -99,7 +109,7 @@ void score_rows(const float* q, int64_t wide, const Streamed<T>& k, bool ask, fl
   int64_t s = 0;
   constexpr int kKeys = Rows * 4 <= kChains ? 4 : 2;
   for (; s + kKeys <= k.count; s += kKeys) {
-    for (int j = 0; ask && j < kKeys; ++j) ask_ahead(k, s + j);
+    if (ask) ask_ahead<kKeys>(k, s);
     score_tile<Rows, kKeys>(q, wide, k.first + s * k.stride, k.stride, k.D, p + s);
   }
   for (; s < k.count; ++s) score_tile<Rows, 1>(q, wide, k.first + s * k.stride, k.stride, k.D, p + s);
@@ -119,7 +129,7 @@ FASTLLM_INLINE void output_tile(const float* p, const Streamed<T>& v, int64_t d,
     }
     const int64_t end = least(s0 + kRun, v.count);
     for (int64_t s = s0; s < end; ++s) {
-      if (ask) ask_ahead(v, s);
+      if (ask && s % kAsked == 0) ask_ahead<kAsked>(v, s);
       vf weight[Rows];
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) weight[r] = set1(p[r * kSplit + s]);

@@ -164,8 +164,8 @@ FASTLLM_INLINE void reduce_add4(vf a, vf b, vf c, vf d, float* sums) {
   const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
   _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
-FASTLLM_INLINE void reduce_add16(const vf* a, float* sums) {
-  for (int i = 0; i < 16; i += 4) reduce_add4(a[i], a[i + 1], a[i + 2], a[i + 3], sums + i);
+FASTLLM_INLINE void reduce_add16(const vf* a, float* sums, int64_t apart) {
+  for (int i = 0; i < 4; ++i) reduce_add4(a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3], sums + i * apart);
 }
 FASTLLM_INLINE float reduce_max(vf a) {
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));

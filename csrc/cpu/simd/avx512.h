@@ -273,7 +273,7 @@ FASTLLM_INLINE __m512 neighbours_sum(__m512 a, __m512 b) {
   return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
 }
 // Sixteen sums for half of the shuffles of four times four.
-FASTLLM_INLINE void reduce_add16(const vf* a, float* sums) {
+FASTLLM_INLINE void reduce_add16(const vf* a, float* sums, int64_t apart) {
   __m512 halves[8], neighbours[4];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {  // of vectors i, i, i + 8, i + 8
@@ -286,9 +286,9 @@ FASTLLM_INLINE void reduce_add16(const vf* a, float* sums) {
   const __m512 high = neighbours_sum(neighbours[2], neighbours[3]);
   const __m512 of_all = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
   _mm_storeu_ps(sums, _mm512_castps512_ps128(of_all));
-  _mm_storeu_ps(sums + 8, _mm512_extractf32x4_ps(of_all, 1));
-  _mm_storeu_ps(sums + 4, _mm512_extractf32x4_ps(of_all, 2));
-  _mm_storeu_ps(sums + 12, _mm512_extractf32x4_ps(of_all, 3));
+  _mm_storeu_ps(sums + 2 * apart, _mm512_extractf32x4_ps(of_all, 1));
+  _mm_storeu_ps(sums + apart, _mm512_extractf32x4_ps(of_all, 2));
+  _mm_storeu_ps(sums + 3 * apart, _mm512_extractf32x4_ps(of_all, 3));
 }
 FASTLLM_INLINE float reduce_max(vf a) { return _mm512_reduce_max_ps(a.v); }
 

@@ -123,8 +123,8 @@ FASTLLM_INLINE void reduce_add4(vf a, vf b, vf c, vf d, float* sums) {
   sums[2] = c.v;
   sums[3] = d.v;
 }
-FASTLLM_INLINE void reduce_add16(const vf* a, float* sums) {
-  for (int i = 0; i < 16; i += 4) reduce_add4(a[i], a[i + 1], a[i + 2], a[i + 3], sums + i);
+FASTLLM_INLINE void reduce_add16(const vf* a, float* sums, int64_t apart) {
+  for (int i = 0; i < 4; ++i) reduce_add4(a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3], sums + i * apart);
 }
 FASTLLM_INLINE float reduce_max(vf a) { return a.v; }
 
