@@ -237,6 +237,7 @@ def test_text_needs_a_tokenizer_and_says_so(tmp_path):
     [
         ("dtype", torch.float64, TypeError, "dtype has dtype torch.float64"),
         ("weights", "int3", ValueError, "weights is 'int3', expected None, 'int8' or 'int4'"),
+        ("tokenizer", "no", ValueError, "tokenizer is 'no', expected True or False"),
         ("activations", "fp8", ValueError, "activations is 'fp8'"),
         ("context", 10**9, ValueError, "context is 1000000000, expected from 1 to 256"),
         ("context", 0, ValueError, "context is 0"),
@@ -318,6 +319,14 @@ def test_real_model_speaks(real):
     chat = real.generate([{"role": "user", "content": "Say hello."}], max_new_tokens=12)
     assert isinstance(chat, str)
     assert chat
+
+
+def test_real_model_without_its_tokenizer(real, real_path):
+    without = fastllm.load(real_path, tokenizer=False)
+    ids = torch.tensor(real.tokenizer.encode("The capital of France is"))
+    assert without.generate(ids, max_new_tokens=4) == real.generate(ids, max_new_tokens=4)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        without.generate("The capital of France is")
 
 
 def test_real_model_guesses_and_batches_change_nothing(real):

@@ -58,7 +58,7 @@ class FastLLM:
         settings = dict(variant.settings)
         if settings.get("group_size", -1) > 0:
             settings["group_size"] = math.gcd(settings["group_size"], SHAPES[job.shape].hidden_size)
-        self.llama = fastllm.load(path, context=job.capacity, **dtypes, **settings).llama
+        self.llama = fastllm.load(path, context=job.capacity, tokenizer=False, **dtypes, **settings).llama
 
     def generate(self, prompts: list[list[int]], new_tokens: int, tick: Tick) -> list[list[int]]:
         from fastllm.generation.decode import DecodeStep

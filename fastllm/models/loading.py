@@ -36,6 +36,7 @@ def load(
     activations: str = "float",
     cache_dtype: torch.dtype | None = None,
     context: int | None = None,
+    tokenizer: bool = True,
     device: torch.device | str = "cpu",
 ) -> LanguageModel:
     """Load a LLaMA-family checkpoint: Llama 1/2/3, SmolLM2, TinyLlama, Mistral, Qwen2, Qwen3.
@@ -53,6 +54,7 @@ def load(
         activations: "float", or "int8": quantised matrices then see their input rounded to int8, which is faster.
         cache_dtype: of keys and values: default dtype; bf16|fp16 with an fp32 dtype; or int8, with a scale for each token and head.
         context: most tokens in a sequence; default: the model's own, at most 8192.
+        tokenizer: False leaves it out, for who gives and takes token ids: a large vocabulary takes time and memory.
         device: "cpu", or a GPU ("cuda", "cuda:1"); tensors go there one by one.
 
     Raises:
@@ -67,6 +69,8 @@ def load(
         raise value_error("load", "head", head, "None, 'int8' or 'int4'")
     if symmetric not in (None, True, False):
         raise value_error("load", "symmetric", symmetric, "None, True or False")
+    if tokenizer not in (True, False):
+        raise value_error("load", "tokenizer", tokenizer, "True or False")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise dtype_error("load", "dtype", dtype, "torch.float32, torch.bfloat16 or torch.float16")
     if cache_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.int8):
@@ -84,7 +88,7 @@ def load(
             raise NotImplementedError(
                 f"load: the checkpoint has {what}, expected none (of the biases, only qkv_bias is served)"
             )
-    tokenizer = _tokenizer(checkpoint)
+    words = _tokenizer(checkpoint) if tokenizer else None
     _give_back_freed_memory()  # what a tokenizer needs for a moment, before the weights come
     bits = {None: None, "int8": 8, "int4": 4}
     builder = _Builder(checkpoint.tensors, config, dtype, bits[weights], bits[head], group_size, symmetric, device)
@@ -102,7 +106,7 @@ def load(
     llama = Llama(config, model_weights, tables, dtype=builder.dtype, cache_dtype=cache_dtype, activations=activations)
     del checkpoint, builder  # the file's metadata, a vocabulary among it
     _give_back_freed_memory()
-    return LanguageModel(llama, tokenizer, context)
+    return LanguageModel(llama, words, context)
 
 
 def _checked_device(device: torch.device | str) -> torch.device:

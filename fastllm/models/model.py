@@ -27,7 +27,7 @@ class LanguageModel:
 
     Args:
         llama: the forward pass.
-        tokenizer: None where the checkpoint has none; then only token ids go in and out.
+        tokenizer: None where the checkpoint has none, or was loaded without; then only token ids go in and out.
         context: most tokens in a sequence.
     """
 
@@ -40,9 +40,9 @@ class LanguageModel:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises ValueError where the checkpoint had none."""
+        """Raises ValueError where the checkpoint had none, or was loaded without."""
         if self._tokenizer is None:
-            raise ValueError("generate: the checkpoint has no tokenizer, expected token ids in place of text")
+            raise ValueError("generate: the model has no tokenizer, expected token ids in place of text")
         return self._tokenizer
 
     @torch.inference_mode()
