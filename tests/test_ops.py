@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastllm.backends import isa_names
+from fastllm.backends import cpu_module, isa_names
 from fastllm.measure.verify import all_cases, case_inputs, expected, forced, mutants, refusal, results, run_case, too_slow
 
 SPECS = all_cases()
@@ -34,8 +34,8 @@ def bits(t):
 
 @pytest.mark.parametrize("isa", isa_names())
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_bits_do_not_depend_on_threads_or_repetition(spec, isa):
-    threads = torch.get_num_threads()
+def test_bits_do_not_depend_on_threads_or_repetition_or_the_way_to_memory(spec, isa):
+    threads, kept = torch.get_num_threads(), cpu_module().set_past_caches(1 << 60)
     try:
         for case in spec.cases:
             if case.flops > THREADED_FLOPS:
@@ -44,15 +44,17 @@ def test_bits_do_not_depend_on_threads_or_repetition(spec, isa):
             if refusal(spec, inputs, "cpu") is not None:
                 continue
             outputs = []
-            for count in (1, threads, threads):
+            for count, past_caches_from in ((1, 1 << 60), (threads, 1 << 60), (threads, 0)):
                 torch.set_num_threads(count)
+                cpu_module().set_past_caches(past_caches_from)
                 with forced("cpu", isa), torch.no_grad():
                     outputs.append(results(spec.call(**inputs)))
             for first, second, third in zip(*outputs):
                 assert case.by_torch or bits(first).equal(bits(second)), f"{case.name}: threads"
-                assert bits(second).equal(bits(third)), f"{case.name}: repetition"
+                assert bits(second).equal(bits(third)), f"{case.name}: repetition, past the caches"
     finally:
         torch.set_num_threads(threads)
+        cpu_module().set_past_caches(kept)
 
 
 MUTANTS = [pytest.param(spec.op, name, id=f"{spec.op}-{name}") for spec in SPECS.values() for name in spec.mutants]

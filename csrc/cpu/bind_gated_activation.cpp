@@ -15,17 +15,18 @@ GatedActivationArgs args_of(const TensorView& gate, const std::optional<TensorVi
   a.dtype = gate.dtype;
   a.gate = gate.data;
   a.gate_rows = Rows::of(gate);
+  const int64_t row_bytes = a.I * (gate.dtype == DType::f32 ? 4 : 2);
   if (up) {
     a.up = up->data;
     a.up_rows = Rows::of(*up);
   } else {  // [gate | up] in one buffer
-    const int64_t size = gate.dtype == DType::f32 ? 4 : 2;
-    a.up = static_cast<const char*>(gate.data) + a.I * size;
+    a.up = static_cast<const char*>(gate.data) + row_bytes;
     a.up_rows = a.gate_rows;
   }
   a.y = y.data;
   a.rows = a.I ? y.numel() / a.I : 0;
   a.activation = gelu_tanh ? Activation::gelu_tanh : Activation::silu;
+  a.past_caches = past_caches(y.data, row_bytes, 3 * a.rows * row_bytes);
   a.threads = threads;
   return a;
 }

@@ -46,6 +46,8 @@ PYBIND11_MODULE(_cpu, m) {
                   kIsaNames[static_cast<int>(detect_isa())], "', the highest rung of this machine");
     set_active_isa(isa);
   });
+  m.def("set_past_caches", &set_past_caches,
+        "(bytes): results of calls that move more are stored past the caches; returns what it was. For tests.");
   m.def("thread_runtime", &thread_runtime);
   m.def("set_thread_runtime", [](const std::string& name) {
     FASTLLM_CHECK(set_thread_runtime(name.c_str()), "fastllm: thread runtime '", name,

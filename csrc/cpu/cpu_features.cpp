@@ -3,18 +3,13 @@
 
 #include "isa.h"
 
-#if defined(__x86_64__) && !defined(FASTLLM_EMULATED)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
 namespace fastllm::cpu {
 
-#if defined(FASTLLM_EMULATED)
-// The tests' build, whose AVX-512 rungs are SIMDe's (tests/native/simde_avx512): every rung runs on any machine with
-// AVX2.
-Isa detect_isa() { return Isa::avx512_bf16; }
-bool fast_bf16_dots() { return true; }
-#elif defined(__x86_64__)
+#if defined(__x86_64__)
 namespace {
 
 struct Registers {
@@ -26,6 +21,39 @@ Registers cpuid(uint32_t leaf, uint32_t subleaf) {
   __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
   return r;
 }
+
+// "AuthenticAMD"
+bool by_amd(const Registers& zero) {
+  return zero.ebx == 0x68747541 && zero.edx == 0x69746e65 && zero.ecx == 0x444d4163;
+}
+
+// Bytes of the last level that this core shares with others: sysconf() adds up all cores'.
+int64_t last_level() {
+  const uint32_t leaf = by_amd(cpuid(0, 0)) ? 0x8000001d : 4;
+  int64_t size = 0;
+  for (uint32_t index = 0; index < 8; ++index) {
+    const Registers r = cpuid(leaf, index);
+    if ((r.eax & 31) == 0) break;
+    const int64_t lines = ((r.ebx >> 22) + 1) * (((r.ebx >> 12) & 1023) + 1), bytes = (r.ebx & 4095) + 1;
+    size = lines * bytes * (static_cast<int64_t>(r.ecx) + 1);
+  }
+  return size;
+}
+
+}  // namespace
+#else
+namespace {
+int64_t last_level() { return 0; }
+}  // namespace
+#endif
+
+#if defined(FASTLLM_EMULATED)
+// The tests' build, whose AVX-512 rungs are SIMDe's (tests/native/simde_avx512): every rung runs on any machine with
+// AVX2.
+Isa detect_isa() { return Isa::avx512_bf16; }
+bool fast_bf16_dots() { return true; }
+#elif defined(__x86_64__)
+namespace {
 
 bool bit(uint32_t word, int index) { return (word >> index) & 1u; }
 
@@ -59,10 +87,7 @@ Isa detect_isa() {
 }
 
 bool fast_bf16_dots() {
-  static const bool amd = [] {
-    const Registers zero = cpuid(0, 0);
-    return zero.ebx == 0x68747541 && zero.edx == 0x69746e65 && zero.ecx == 0x444d4163;  // "AuthenticAMD"
-  }();
+  static const bool amd = by_amd(cpuid(0, 0));
   return amd;
 }
 #else
@@ -72,12 +97,28 @@ bool fast_bf16_dots() { return false; }
 
 namespace {
 std::atomic<int> active{-1};
+
+std::atomic<int64_t>& past_caches_from() {
+  static std::atomic<int64_t> bytes{[] {
+    const int64_t found = last_level();
+    return found > 0 ? found : int64_t{32} << 20;
+  }()};
+  return bytes;
 }
+}  // namespace
 
 Isa active_isa() {
   const int isa = active.load(std::memory_order_relaxed);
   return isa < 0 ? detect_isa() : static_cast<Isa>(isa);
 }
+
+bool past_caches(const void* y, int64_t row_bytes, int64_t moved) {
+  constexpr int64_t kLine = 64;
+  return (static_cast<int64_t>(reinterpret_cast<uintptr_t>(y)) | row_bytes) % kLine == 0 &&
+         moved > past_caches_from().load(std::memory_order_relaxed);
+}
+
+int64_t set_past_caches(int64_t bytes) { return past_caches_from().exchange(bytes, std::memory_order_relaxed); }
 
 void set_active_isa(Isa isa) { active.store(static_cast<int>(isa), std::memory_order_relaxed); }
 

@@ -1,8 +1,8 @@
 // y = act(gate) * up, with silu(g) = g sigmoid(g) and gelu_tanh(g) = g sigmoid(2 sqrt(2/pi) (g + 0.044715 g^3)).
 //
 // Bytes an element: two read, one written. Flops: about 25 (an exponential, a division); about 15 in 16 bits, where
-// both need fewer bits. In fp32 memory limits it; in 16 bits arithmetic does, so several vectors are in flight at once
-// to hide the latency of the polynomial.
+// both need fewer bits. In fp32 memory limits it, and a result that the caches would not keep goes past them; in 16
+// bits arithmetic does, so several vectors are in flight at once to hide the latency of the polynomial.
 //
 // y may be rounded to int8 on the way (quantize.h): some columns of it at a time stand in L1, rounded to dtype first.
 #include "gated_activation.h"
@@ -34,7 +34,7 @@ FASTLLM_INLINE vf gated(vf gate, vf up) {
   }
 }
 
-template <typename Act, typename T>
+template <typename Act, typename T, bool kPastCaches = false>
 FASTLLM_INLINE void gated_row(const T* gate, const T* up, T* y, int64_t I) {
   int64_t i = 0;
   for (; i + 4 * kWidth <= I; i += 4 * kWidth) {
@@ -43,7 +43,10 @@ FASTLLM_INLINE void gated_row(const T* gate, const T* up, T* y, int64_t I) {
       const pair g = load_pair(gate + i + 2 * j * kWidth), u = load_pair(up + i + 2 * j * kWidth);
       r[j] = {gated<Act, T>(g.first, u.first), gated<Act, T>(g.second, u.second)};
     }
-    for (int j = 0; j < 2; ++j) store_clean(y + i + 2 * j * kWidth, r[j]);
+    for (int j = 0; j < 2; ++j) {
+      T* at = y + i + 2 * j * kWidth;
+      kPastCaches ? store_past_caches(at, r[j]) : store_clean(at, r[j]);
+    }
   }
   for (; i + kWidth <= I; i += kWidth) store(y + i, gated<Act, T>(load(gate + i), load(up + i)));
   if (i < I) store_n(y + i, gated<Act, T>(load_n(gate + i, I - i), load_n(up + i, I - i)), I - i);
@@ -74,10 +77,13 @@ void gated_pieces(const GatedActivationArgs& a, int64_t pieces_a_row, int64_t be
     if (a.groups) {
       float* groups = a.groups + 2 * (row * ((a.I + a.group_size - 1) / a.group_size) + i / a.group_size);
       gated_row_int8<Act>(gate, up, static_cast<int8_t*>(a.y) + at, groups, n, a.group_size);
+    } else if (a.past_caches) {
+      gated_row<Act, T, true>(gate, up, static_cast<T*>(a.y) + at, n);
     } else {
       gated_row<Act>(gate, up, static_cast<T*>(a.y) + at, n);
     }
   }
+  if (a.past_caches) end_past_caches();
 }
 
 }  // namespace

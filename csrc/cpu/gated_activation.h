@@ -15,6 +15,7 @@ struct GatedActivationArgs {
   int64_t rows, I, group_size;
   Rows gate_rows, up_rows;
   Activation activation;
+  bool past_caches;  // where y goes, if it is not int8
   int threads;
 };
 

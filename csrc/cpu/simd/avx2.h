@@ -101,9 +101,24 @@ FASTLLM_INLINE pair load_pair(const bf16* p) {
   const __m256i odd = _mm256_and_si256(both, _mm256_set1_epi32(-65536));
   return {{_mm256_castsi256_ps(_mm256_slli_epi32(both, 16))}, {_mm256_castsi256_ps(odd)}};
 }
-FASTLLM_INLINE void store_clean(bf16* p, pair a) {
+FASTLLM_INLINE __m256i narrow_pair(pair a) {
   const __m256i even = _mm256_srli_epi32(rounded_bits(a.first), 16), odd = rounded_bits(a.second);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(even, odd, 0xaa));
+  return _mm256_blend_epi16(even, odd, 0xaa);
+}
+FASTLLM_INLINE void store_clean(bf16* p, pair a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_pair(a));
+}
+FASTLLM_INLINE void store_past_caches(float* p, pair a) {
+  _mm256_stream_ps(p, a.first.v);
+  _mm256_stream_ps(p + kWidth, a.second.v);
+}
+FASTLLM_INLINE void store_past_caches(bf16* p, pair a) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_pair(a));
+}
+FASTLLM_INLINE void store_past_caches(f16* p, pair a) {
+  __m128i* to = reinterpret_cast<__m128i*>(p);
+  _mm_stream_si128(to, narrow(f16{}, a.first));
+  _mm_stream_si128(to + 1, narrow(f16{}, a.second));
 }
 template <typename Half>
 FASTLLM_INLINE void store_n(Half* p, vf a, int64_t n) {

@@ -80,6 +80,18 @@ FASTLLM_INLINE __m512i narrow_pair(pair a) {
 }
 FASTLLM_INLINE pair load_pair(const bf16* p) { return widen_pair(_mm512_loadu_si512(p)); }
 FASTLLM_INLINE void store_clean(bf16* p, pair a) { _mm512_storeu_si512(p, narrow_pair(a)); }
+FASTLLM_INLINE void store_past_caches(float* p, pair a) {
+  _mm512_stream_ps(p, a.first.v);
+  _mm512_stream_ps(p + kWidth, a.second.v);
+}
+FASTLLM_INLINE void store_past_caches(bf16* p, pair a) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow_pair(a));
+}
+FASTLLM_INLINE void store_past_caches(f16* p, pair a) {
+  __m256i* to = reinterpret_cast<__m256i*>(p);
+  _mm256_stream_si256(to, narrow(f16{}, a.first));
+  _mm256_stream_si256(to + 1, narrow(f16{}, a.second));
+}
 #if FASTLLM_ISA_LEVEL >= 4
 // sum + the sixteen pairs of bf16 times the one pair at `two`.
 FASTLLM_INLINE vf dot_pair(vf sum, __m512i pairs, const void* two) {

@@ -21,6 +21,9 @@
 // than narrowing and widening, and than store, for values whose NaNs have zeros in their low halves, as those made of
 // bf16 or f16 have and the processor's own.
 //
+// store_past_caches(p, pair) is store_clean to whole cache lines that nothing reads soon; end_past_caches() after the
+// last one, before another thread may look.
+//
 // Include it inside nothing; it opens fastllm::cpu::<rung> and an unnamed namespace itself, so that every function has
 // internal linkage. Kernel files must not call inline functions or templates of the standard library: those have
 // external linkage, and the linker may keep the AVX-512 copy for everyone.
@@ -90,6 +93,16 @@ FASTLLM_INLINE void store_clean(T* p, pair a) {
   store(p, a.first);
   store(p + kWidth, a.second);
 }
+#if FASTLLM_ISA_LEVEL >= 1
+FASTLLM_INLINE void end_past_caches() { _mm_sfence(); }
+#else
+template <typename T>
+FASTLLM_INLINE void store_past_caches(T* p, pair a) {
+  store_clean(p, a);
+}
+FASTLLM_INLINE void end_past_caches() {}
+#endif
+
 #if FASTLLM_ISA_LEVEL >= 1
 // The largest magnitudes of four groups of n numbers, one after the other, n a multiple of 2 kWidth.
 template <typename T>

@@ -207,3 +207,7 @@ inline __m256i cvtneps_pbh(__m512 a) {
 #define _mm256_mask_storeu_epi16(p, mask, a) ::emulated::masked_store<int16_t>(p, mask, a)
 #undef _mm_mask_storeu_epi8
 #define _mm_mask_storeu_epi8(p, mask, a) ::emulated::masked_store<int8_t>(p, mask, a)
+
+// Storing past the caches asks for alignment, which is kept; where it goes does not show.
+#define _mm512_stream_ps(p, a) _mm512_store_ps(p, a)
+#define _mm512_stream_si512(p, a) _mm512_store_si512(p, a)
