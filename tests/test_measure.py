@@ -237,8 +237,9 @@ def test_the_loops_do_what_they_are_counted_for(isa):
     with backends.use_isa(isa):
         assert module.limit_loop("read", source, target, tiles, 3) == 3 * source.nbytes
         assert not target.any()
-        assert module.limit_loop("copy", source, target, tiles, 3) == 3 * 2 * source.nbytes
-        assert target.equal(source)
+        for name in ("copy", "stream"):
+            assert module.limit_loop(name, source, target.zero_(), tiles, 3) == 3 * 2 * source.nbytes
+            assert target.equal(source)
         lanes = {"scalar": 1, "avx2": 8}.get(isa, 16)
         assert module.limit_loop("fp32", source, target, tiles, 5) == 2 * 5 * 12 * 2 * lanes
         bytes_a_lane = 4 * lanes if lanes > 1 else 1
@@ -279,6 +280,8 @@ def test_limits_refuse_what_is_not_there():
         module.limit_loop("read", torch.ones(1, 100), torch.ones(1, 100), torch.ones(1024), 1)
     with pytest.raises(ValueError, match="to must be a contiguous fp32 tensor as large as from"):
         module.limit_loop("copy", ones, torch.ones(1, 64), torch.ones(1024), 1)
+    with pytest.raises(ValueError, match="to must start with a cache line"):
+        module.limit_loop("stream", ones, torch.ones(129)[1:].view(1, 128), torch.ones(1024), 1)
 
 
 # ---------------------------------------------------------------- rows

@@ -12,7 +12,7 @@ Limit limit_named(const std::string& name) {
   for (int i = 0; i < kNumLimits; ++i) {
     if (name == kLimitNames[i]) return static_cast<Limit>(i);
   }
-  fail("limit_loop: name is '", name, "', expected read, copy, fp32, int8, int4 or bf16");
+  fail("limit_loop: name is '", name, "', expected read, copy, stream, fp32, int8, int4 or bf16");
 }
 
 }  // namespace
@@ -26,6 +26,7 @@ void bind_limits(py::module_& m) {
                       "limit_loop: from must be a contiguous (threads, floats) tensor of fp32");
         FASTLLM_CHECK(to.numel() == from.numel() && to.contiguous_from(0) && to.dtype == DType::f32,
                       "limit_loop: to must be a contiguous fp32 tensor as large as from");
+        FASTLLM_CHECK(reinterpret_cast<uintptr_t>(to.data) % 64 == 0, "limit_loop: to must start with a cache line");
         FASTLLM_CHECK(from.size(1) % kStreamStep == 0, "limit_loop: from has rows of ", from.size(1),
                       " floats, expected a multiple of ", kStreamStep);
         FASTLLM_CHECK(tiles.numel() == kTileFloats && tiles.contiguous_from(0) && tiles.dtype == DType::f32,

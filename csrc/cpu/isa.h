@@ -23,9 +23,9 @@ void set_active_isa(Isa isa);  // the caller checks that it is not above detect_
 // Whether dot products of bf16 do twice the multiply-adds of fp32 in a second. Intel's processors do half as many.
 bool fast_bf16_dots();
 
-// Whether a result's rows should be stored past the caches: they are whole lines, and the call moves so many bytes, read
-// and written, that its last level would have lost the result before someone reads it. Memory is then spared reading
-// what is written over.
+// Whether a result's rows should be stored past the caches: they are whole lines, and the call moves so many bytes,
+// read and written, that its last level would have lost the result before someone reads it. Memory is then spared
+// reading what is written over.
 bool past_caches(const void* y, int64_t row_bytes, int64_t moved);
 // From how many bytes on, the last level's size by default; returns what it was. For tests.
 int64_t set_past_caches(int64_t bytes);

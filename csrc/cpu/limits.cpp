@@ -1,9 +1,10 @@
 // Loops that reach a machine's limits, one a limit.
 //
 // read: eight chains of adds over a thread's own row. copy: the same row stored elsewhere (its bytes count twice: read
-// and written). The arithmetic loops are the innermost tile of a matrix product: 4 vectors of one operand times 3 of
-// the other, 12 chains of sums in registers, 7 loads from L1 a step. Both operands move with the step, so that no
-// product can be hoisted out of the loop, and the sums are written to memory, so that no loop can be dropped.
+// and written); stream: past the caches. The arithmetic loops are the innermost tile of a matrix product: 4 vectors of
+// one operand times 3 of the other, 12 chains of sums in registers, 7 loads from L1 a step. Both operands move with the
+// step, so that no product can be hoisted out of the loop, and the sums are written to memory, so that no loop can be
+// dropped.
 #include "limits.h"
 
 #include "parallel.h"
@@ -27,15 +28,14 @@ float read_row(const float* p, int64_t n) {
   return reduce_add(((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)));
 }
 
+template <bool kPastCaches>
 void copy_row(const float* from, float* to, int64_t n) {
   for (int64_t i = 0; i < n; i += 4 * kWidth) {
-    const vf a = load(from + i), b = load(from + i + kWidth);
-    const vf c = load(from + i + 2 * kWidth), d = load(from + i + 3 * kWidth);
-    store(to + i, a);
-    store(to + i + kWidth, b);
-    store(to + i + 2 * kWidth, c);
-    store(to + i + 3 * kWidth, d);
+    const pair a = load_pair(from + i), b = load_pair(from + i + 2 * kWidth);
+    kPastCaches ? store_past_caches(to + i, a) : store_clean(to + i, a);
+    kPastCaches ? store_past_caches(to + i + 2 * kWidth, b) : store_clean(to + i + 2 * kWidth, b);
   }
+  if (kPastCaches) end_past_caches();
 }
 
 // What the arithmetic loop multiplies. kOperations: multiplications and additions of one dot(). kRows: of its tile.
@@ -168,7 +168,10 @@ int64_t run_one(const LimitsArgs& a, int64_t thread) {
       for (int64_t i = 0; i < a.repeats; ++i) *sum += read_row(from, a.floats);
       return a.repeats * a.floats * 4;
     case Limit::copy:
-      for (int64_t i = 0; i < a.repeats; ++i) copy_row(from, a.to + thread * a.floats, a.floats);
+      for (int64_t i = 0; i < a.repeats; ++i) copy_row<false>(from, a.to + thread * a.floats, a.floats);
+      return a.repeats * a.floats * 8;
+    case Limit::stream:
+      for (int64_t i = 0; i < a.repeats; ++i) copy_row<true>(from, a.to + thread * a.floats, a.floats);
       return a.repeats * a.floats * 8;
     case Limit::fp32:
       return tile_steps<Fp32>(a.tiles, a.repeats, sum);

@@ -5,14 +5,14 @@
 
 namespace fastllm::cpu {
 
-enum class Limit : int { read, copy, fp32, int8, int4, bf16 };
-inline constexpr int kNumLimits = 6;
-inline constexpr const char* kLimitNames[kNumLimits] = {"read", "copy", "fp32", "int8", "int4", "bf16"};
+enum class Limit : int { read, copy, stream, fp32, int8, int4, bf16 };
+inline constexpr int kNumLimits = 7;
+inline constexpr const char* kLimitNames[kNumLimits] = {"read", "copy", "stream", "fp32", "int8", "int4", "bf16"};
 
 struct LimitsArgs {
   Limit limit;
-  const float* from;   // read, copy: (threads, floats); each thread streams a row of its own
-  float* to;           // copy: (threads, floats)
+  const float* from;   // read, copy, stream: (threads, floats); each thread streams a row of its own
+  float* to;           // copy, stream: (threads, floats)
   int64_t floats;      // a multiple of kStreamStep
   const float* tiles;  // fp32, int8, int4, bf16: kTileFloats floats that stay in L1
   float* sums;         // (threads): what the loops computed, written so that no compiler can drop them

@@ -105,9 +105,7 @@ FASTLLM_INLINE __m256i narrow_pair(pair a) {
   const __m256i even = _mm256_srli_epi32(rounded_bits(a.first), 16), odd = rounded_bits(a.second);
   return _mm256_blend_epi16(even, odd, 0xaa);
 }
-FASTLLM_INLINE void store_clean(bf16* p, pair a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_pair(a));
-}
+FASTLLM_INLINE void store_clean(bf16* p, pair a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_pair(a)); }
 FASTLLM_INLINE void store_past_caches(float* p, pair a) {
   _mm256_stream_ps(p, a.first.v);
   _mm256_stream_ps(p + kWidth, a.second.v);

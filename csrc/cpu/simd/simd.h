@@ -3,11 +3,11 @@
 // Kernels are written once over these names and compiled once a rung:
 //   load / store (float, bf16, f16 or int8_t in memory, float in registers), load_n / store_n (the first n lanes; the
 //   rest reads as 0), set1, zero, + - * /, fmadd(a, b, c) = a * b + c, fnmadd(a, b, c) = c - a * b, max, min,
-//   reduce_add, reduce_add4 and reduce_add16 (so many vectors at once, the latter's fours apart), reduce_max, max_magnitude(a, b) = max(|a|, b)
-//   for b from it or 0, with infinities and NaN on top, reduce_max_magnitude, store4 (four
-//   vectors, to int8_t), low_bits_to_exponent, power_of_two, reciprocal_coarse, exp, exp2, sigmoid, tanh; fmaddsub and
-//   swap_pairs where there are pairs of lanes (not scalar), so reduce_max_magnitude4, max_magnitudes4 and divide4,
-//   rest_of_below and scale_by_power_below on AVX-512.
+//   reduce_add, reduce_add4 and reduce_add16 (so many vectors at once, the latter's fours apart), reduce_max,
+//   max_magnitude(a, b) = max(|a|, b) for b from it or 0, with infinities and NaN on top, reduce_max_magnitude, store4
+//   (four vectors, to int8_t), low_bits_to_exponent, power_of_two, reciprocal_coarse, exp, exp2, sigmoid, tanh;
+//   fmaddsub and swap_pairs where there are pairs of lanes (not scalar), so reduce_max_magnitude4, max_magnitudes4 and
+//   divide4, rest_of_below and scale_by_power_below on AVX-512.
 // Stores round to nearest even; what goes to int8_t must be finite and is at most 127. max(a, b) and min(a, b) return b
 // where either is NaN, as the x86 instructions do.
 //
