@@ -117,5 +117,13 @@ FASTLLM_INLINE void store_row(const float* acc, float sum, int64_t D, T* y) {
   if (d < D) store_n(y + d, load_n(acc + d, D - d) / divisor, D - d);
 }
 
+// The same where acc's columns are in the order of pairs, which D is a multiple of.
+template <typename T>
+FASTLLM_INLINE void store_paired_row(const float* acc, float sum, int64_t D, T* y) {
+  const vf divisor = set1(sum == 0.0f ? 1.0f : sum);
+  for (int64_t d = 0; d < D; d += 2 * kWidth)
+    store_clean(y + d, pair{load(acc + d) / divisor, load(acc + d + kWidth) / divisor});
+}
+
 }  // namespace
 }  // namespace fastllm::cpu::FASTLLM_ISA

@@ -12,6 +12,9 @@
 //
 // An int8 cache enters the products as it is: a key's scale multiplies its scores, a value's scale its weights.
 //
+// Where q, k and v are bf16 and the processor is fast at vdpbf16ps, scores take two steps of d at once, of which no bit
+// is lost, and acc has the columns of V in the order of pairs (simd.h), which widens them sooner.
+//
 // Bytes: k and v once, 2 S D elements a key/value head; flops: 4 D R a key. At R = 4 in bf16 that is 4 flops a byte, so
 // memory is the limit; from about R = 16 on, the FMAs are, and the prefill kernel has the better tiles.
 #include "attention_decode.h"
@@ -38,10 +41,22 @@ constexpr int64_t kLineFloats = 16;             // of a cache line
 constexpr int64_t kRun = kWidth == 1 ? 8 : 32;  // one lane has no other lanes to share a sum with
 constexpr int64_t kScoreRun = kWidth == 1 ? 8 : 16;
 
+// Lanes of a key that one step takes, in the units of q: floats, or bf16 where dot products take it as it is.
+template <typename T>
+FASTLLM_INLINE vf key_lanes(const float*, const T* k) {
+  return load(k);
+}
+FASTLLM_INLINE vf add_product(vf sum, vf key, const float* q) { return fmadd(key, load(q), sum); }
+#if FASTLLM_ISA_LEVEL >= 4
+FASTLLM_INLINE words key_lanes(const bf16*, const bf16* k) { return load_words(k); }
+FASTLLM_INLINE vf add_product(vf sum, words key, const bf16* q) { return dot_words(sum, key, load_words(q)); }
+#endif
+
 // p[r][0 .. Keys) = q[r] . k[.] ; rows of q are padded with zeros to whole vectors. Runs of kScoreRun steps are summed
 // by themselves and then added up: the error of a single chain grows with its length.
-template <int Rows, int Keys, typename T>
-FASTLLM_INLINE void score_tile(const float* q, int64_t wide, const T* k, int64_t k_stride, int64_t D, float* p) {
+template <int Rows, int Keys, typename Q, typename T>
+FASTLLM_INLINE void score_tile(const Q* q, int64_t wide, const T* k, int64_t k_stride, int64_t D, float* p) {
+  constexpr int kStep = kWidth * 4 / static_cast<int>(sizeof(Q));
   // As many as are reduced together.
   constexpr int kSums = Rows * Keys > 8 && Rows * Keys < 16 && kWidth >= 16 ? 16 : (Rows * Keys + 3) / 4 * 4;
   constexpr int kBySixteen = kSums / 16 * 16;
@@ -49,23 +64,25 @@ FASTLLM_INLINE void score_tile(const float* q, int64_t wide, const T* k, int64_t
     vf acc[kSums];
 #pragma GCC unroll 32
     for (int i = 0; i < kSums; ++i) acc[i] = zero();
-    const int64_t first = d, whole = least(d + kScoreRun * kWidth, D / kWidth * kWidth);
-    for (; d < whole; d += kWidth) {
+    const int64_t first = d, whole = least(d + kScoreRun * kStep, D / kStep * kStep);
+    for (; d < whole; d += kStep) {
 #pragma GCC unroll 4
       for (int j = 0; j < Keys; ++j) {
-        const vf key = load(k + j * k_stride + d);
+        const auto key = key_lanes(q, k + j * k_stride + d);
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r) acc[r * Keys + j] = fmadd(key, load(q + r * wide + d), acc[r * Keys + j]);
+        for (int r = 0; r < Rows; ++r) acc[r * Keys + j] = add_product(acc[r * Keys + j], key, q + r * wide + d);
       }
     }
-    if (D - d < kWidth && d < D) {
+    if constexpr (sizeof(Q) == 4) {
+      if (D - d < kStep && d < D) {
 #pragma GCC unroll 4
-      for (int j = 0; j < Keys; ++j) {
-        const vf key = load_n(k + j * k_stride + d, D - d);
+        for (int j = 0; j < Keys; ++j) {
+          const vf key = load_n(k + j * k_stride + d, D - d);
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r) acc[r * Keys + j] = fmadd(key, load(q + r * wide + d), acc[r * Keys + j]);
+          for (int r = 0; r < Rows; ++r) acc[r * Keys + j] = add_product(acc[r * Keys + j], key, q + r * wide + d);
+        }
+        d = D;
       }
-      d = D;
     }
     if (kSums == 16 && Keys == 4 && Rows == 4 && first == 0) {
       reduce_add16(acc, p, kSplit);
@@ -104,8 +121,8 @@ FASTLLM_INLINE void ask_ahead(const Streamed<T>& rows, int64_t row) {
   }
 }
 
-template <int Rows, typename T>
-void score_rows(const float* q, int64_t wide, const Streamed<T>& k, bool ask, float* p) {
+template <int Rows, typename Q, typename T>
+void score_rows(const Q* q, int64_t wide, const Streamed<T>& k, bool ask, float* p) {
   int64_t s = 0;
   constexpr int kKeys = Rows * 4 <= kChains ? 4 : 2;
   for (; s + kKeys <= k.count; s += kKeys) {
@@ -115,9 +132,23 @@ void score_rows(const float* q, int64_t wide, const Streamed<T>& k, bool ask, fl
   for (; s < k.count; ++s) score_tile<Rows, 1>(q, wide, k.first + s * k.stride, k.stride, k.D, p + s);
 }
 
+// Vecs vectors of a row of V, in its order or in that of pairs.
+template <int Vecs, bool Paired, typename T>
+FASTLLM_INLINE void load_values(const T* at, vf (&values)[Vecs]) {
+  if constexpr (Paired) {
+    for (int j = 0; j < Vecs; j += 2) {
+      const pair both = load_pair(at + j * kWidth);
+      values[j] = both.first;
+      values[j + 1] = both.second;
+    }
+  } else {
+    for (int j = 0; j < Vecs; ++j) values[j] = load(at + j * kWidth);
+  }
+}
+
 // out[r][0 .. Vecs) = sum over s of p[r][s] v[s]. Whole: all lanes count; else only the first `lanes`, of one vector.
 // Runs of kRun products are summed by themselves and then added up: the error of a single chain grows with the keys.
-template <int Rows, int Vecs, bool Whole, typename T>
+template <int Rows, int Vecs, bool Whole, bool Paired, typename T>
 FASTLLM_INLINE void output_tile(const float* p, const Streamed<T>& v, int64_t d, int64_t lanes, bool ask, float* out,
                                 int64_t wide) {
   for (int64_t s0 = 0; s0 < v.count; s0 += kRun) {
@@ -133,12 +164,17 @@ FASTLLM_INLINE void output_tile(const float* p, const Streamed<T>& v, int64_t d,
       vf weight[Rows];
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) weight[r] = set1(p[r * kSplit + s]);
+      vf values[Vecs];
+      const T* at = v.first + s * v.stride + d;
+      if constexpr (Whole) {
+        load_values<Vecs, Paired>(at, values);
+      } else {
+        values[0] = load_n(at, lanes);
+      }
 #pragma GCC unroll 4
       for (int j = 0; j < Vecs; ++j) {
-        const T* at = v.first + s * v.stride + d + j * kWidth;
-        const vf value = Whole ? load(at) : load_n(at, lanes);
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r) acc[r][j] = fmadd(weight[r], value, acc[r][j]);
+        for (int r = 0; r < Rows; ++r) acc[r][j] = fmadd(weight[r], values[j], acc[r][j]);
       }
     }
 #pragma GCC unroll 8
@@ -152,14 +188,19 @@ FASTLLM_INLINE void output_tile(const float* p, const Streamed<T>& v, int64_t d,
   }
 }
 
-template <int Rows, typename T>
+template <int Rows, bool Paired, typename T>
 void output_rows(const float* p, const Streamed<T>& v, bool ask, float* out, int64_t wide) {
   int64_t d = 0;
   constexpr int kVecs = Rows * 4 <= kChains ? 4 : 2;
   for (; d + kVecs * kWidth <= v.D; d += kVecs * kWidth, ask = false)
-    output_tile<Rows, kVecs, true>(p, v, d, kWidth, ask, out + d, wide);
-  for (; d + kWidth <= v.D; d += kWidth, ask = false) output_tile<Rows, 1, true>(p, v, d, kWidth, ask, out + d, wide);
-  if (d < v.D) output_tile<Rows, 1, false>(p, v, d, v.D - d, ask, out + d, wide);
+    output_tile<Rows, kVecs, true, Paired>(p, v, d, kWidth, ask, out + d, wide);
+  if constexpr (Paired) {
+    if (d < v.D) output_tile<Rows, 2, true, true>(p, v, d, kWidth, ask, out + d, wide);
+    return;
+  }
+  for (; d + kWidth <= v.D; d += kWidth, ask = false)
+    output_tile<Rows, 1, true, false>(p, v, d, kWidth, ask, out + d, wide);
+  if (d < v.D) output_tile<Rows, 1, false, false>(p, v, d, v.D - d, ask, out + d, wide);
 }
 
 // Calls body<Rows>(first row) for all rows, kRows at a time.
@@ -241,16 +282,27 @@ struct Head {
   int64_t b, kv_head, keys, begin, end;  // its queries see no key outside of [begin, end)
 };
 
-// Fills the partials of the keys [s0, s1); q is [rows][wide], p is [rows][kSplit].
-template <typename Cache>
-void attend(const AttentionArgs& a, const Head& head, int64_t s0, int64_t s1, float* q, float* p, const Partials& out,
+// A row of q as the scores want it.
+FASTLLM_INLINE void query_row(const AttentionArgs& a, int64_t at, float* q){
+#define FASTLLM_BODY(T) widen_row(static_cast<const decltype(T)*>(a.q) + at, a.D, q_factor(a), q)
+    FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
+#undef FASTLLM_BODY
+} FASTLLM_INLINE void query_row(const AttentionArgs& a, int64_t at, bf16* q) {
+  const bf16* x = static_cast<const bf16*>(a.q) + at;
+  const uint16_t sign = q_factor(a) < 0 ? 0x8000 : 0;
+  for (int64_t d = 0; d < a.D; ++d) q[d].bits = static_cast<uint16_t>(x[d].bits ^ sign);
+}
+
+// Fills the partials of the keys [s0, s1); q is [rows][wide], of floats or, for dot products, bf16; p is
+// [rows][kSplit].
+template <typename Cache, typename Q>
+void attend(const AttentionArgs& a, const Head& head, int64_t s0, int64_t s1, Q* q, float* p, const Partials& out,
             int64_t task) {
+  constexpr bool kPaired = sizeof(Q) == 2;
   const int64_t D = a.D, wide = out.wide, rows = out.rows, G = a.H / a.Hk, head0 = head.kv_head * G, n = s1 - s0;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = head.b * a.q_strides[0] + (head0 + r % G) * a.q_strides[1] + r / G * a.q_strides[2];
-#define FASTLLM_BODY(T) widen_row(static_cast<const decltype(T)*>(a.q) + at, D, q_factor(a), q + r * wide)
-    FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
-#undef FASTLLM_BODY
+    query_row(a, at, q + r * wide);
   }
   const Cache* k =
       static_cast<const Cache*>(a.k) + head.b * a.k_strides[0] + head.kv_head * a.k_strides[1] + s0 * a.k_strides[2];
@@ -282,14 +334,15 @@ void attend(const AttentionArgs& a, const Head& head, int64_t s0, int64_t s1, fl
     if (a.v_scale) multiply_row(row, scales_of(a.v_scale, a.v_scale_strides, head.b, head.kv_head) + s0, n);
   }
 
-#define FASTLLM_BODY(Rows) output_rows<Rows>(p + r * kSplit, values, r == 0, out.acc(task) + r * wide, wide)
+#define FASTLLM_BODY(Rows) output_rows<Rows, kPaired>(p + r * kSplit, values, r == 0, out.acc(task) + r * wide, wide)
   FASTLLM_BY_ROWS(rows, FASTLLM_BODY)
 #undef FASTLLM_BODY
 }
 
 // Adds up the partials of tasks [begin, end) of one head, in order; acc is a row of scratch.
 template <typename T>
-void combine(const AttentionArgs& a, const Head& head, const Partials& in, int64_t begin, int64_t end, float* acc) {
+void combine(const AttentionArgs& a, const Head& head, const Partials& in, int64_t begin, int64_t end, bool paired,
+             float* acc) {
   const int64_t G = a.H / a.Hk, head0 = head.kv_head * G;
   const float c = weight_exponent(a);
   for (int64_t r = 0; r < in.rows; ++r) {
@@ -310,8 +363,18 @@ void combine(const AttentionArgs& a, const Head& head, const Partials& in, int64
         store(acc + d, fmadd(load(part + d), set1(scale[0]), load(acc + d)));
     }
     T* o = static_cast<T*>(a.o) + head.b * a.o_strides[0] + (head0 + r % G) * a.o_strides[1] + r / G * a.o_strides[2];
-    store_row(acc, sum, a.D, o);
+    paired ? store_paired_row(acc, sum, a.D, o) : store_row(acc, sum, a.D, o);
   }
+}
+
+// Whether q goes into dot products as it is.
+bool by_dots(const AttentionArgs& a) {
+#if FASTLLM_ISA_LEVEL >= 4
+  return a.bf16_dots && a.dtype == DType::bf16 && a.kv_dtype == DType::bf16 && a.D % (2 * kWidth) == 0;
+#else
+  (void)a;
+  return false;
+#endif
 }
 
 }  // namespace
@@ -330,6 +393,7 @@ void attention_decode(const AttentionArgs& a) {
   const int64_t partial_floats = round_up(tasks * Partials::floats(rows, wide), kLineFloats);
   float* memory = workspace(workers * scratch + partial_floats + heads * kLineFloats);
   const Partials partials = {memory + workers * scratch, rows, wide};
+  const bool dots = by_dots(a);
   float* done = memory + workers * scratch + partial_floats;  // a line for each head: threads share none
   std::memset(done, 0, static_cast<size_t>(heads * kLineFloats) * sizeof(float));
   static_assert(sizeof(int) == sizeof(float), "counters lie among floats");
@@ -347,7 +411,11 @@ void attention_decode(const AttentionArgs& a) {
         const int64_t s0 = most(head.begin, task % splits * kSplit);
         const int64_t s1 = least(head.end, (task % splits + 1) * kSplit);
 #define FASTLLM_BODY(T) attend<decltype(T)>(a, head, s0, s1, q, p, partials, task)
-        if (s0 < s1) {
+        if (s0 < s1 && dots) {
+#if FASTLLM_ISA_LEVEL >= 4
+          attend<bf16>(a, head, s0, s1, reinterpret_cast<bf16*>(q), p, partials, task);
+#endif
+        } else if (s0 < s1) {
           FASTLLM_FOR_CACHE(a.kv_dtype, FASTLLM_BODY)
         }
 #undef FASTLLM_BODY
@@ -357,7 +425,7 @@ void attention_decode(const AttentionArgs& a) {
         const int64_t some = head.begin < head.end;
         const int64_t first = index * splits + (some ? head.begin / kSplit : 0);
         const int64_t end = some ? index * splits + (head.end - 1) / kSplit + 1 : first;
-#define FASTLLM_BODY(T) combine<decltype(T)>(a, head, partials, first, end, row)
+#define FASTLLM_BODY(T) combine<decltype(T)>(a, head, partials, first, end, dots, row)
         FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
 #undef FASTLLM_BODY
       }

@@ -5,6 +5,6 @@
 
 namespace fastllm::cpu {
 
-FASTLLM_KERNEL(attention_decode, AttentionArgs, avx512)
+FASTLLM_KERNEL(attention_decode, AttentionArgs, avx512_bf16)
 
 }  // namespace fastllm::cpu

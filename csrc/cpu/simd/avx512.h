@@ -103,6 +103,14 @@ FASTLLM_INLINE vf dot_pair(vf sum, __m512i pairs, const void* two) {
 #endif
   return {to};
 }
+// 32 numbers, and sum + 32 such products, two in each lane.
+struct words {
+  __m512i v;
+};
+FASTLLM_INLINE words load_words(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+FASTLLM_INLINE vf dot_words(vf sum, words a, words b) {
+  return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)};
+}
 FASTLLM_INLINE pair round_clean(bf16, pair a) { return widen_pair(narrow_pair(a)); }
 FASTLLM_INLINE vf round_clean(bf16, vf a) { return widen(bf16{}, narrow(bf16{}, a)); }
 
