@@ -7,11 +7,13 @@ an environment of its own, so this file needs the standard library alone.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -271,8 +273,12 @@ def serve(load: Callable[[Job], Engine], job: Job, questions: Iterable[str]) -> 
         yield {"error": f"{type(error).__name__}: {error}"}
 
 
+PR_SET_PDEATHSIG = 1
+
+
 def main(load: Callable[[Job], Engine], packages: tuple[str, ...]) -> None:
     """A rival's program. Its packages' versions go into the first answer."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a stopped engine would outlive a harness that was killed
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints goes to standard error
     about = {"versions": {name: found for name in packages if (found := _version(name))}}
