@@ -283,11 +283,13 @@ struct Head {
 };
 
 // A row of q as the scores want it.
-FASTLLM_INLINE void query_row(const AttentionArgs& a, int64_t at, float* q){
-#define FASTLLM_BODY(T) widen_row(static_cast<const decltype(T)*>(a.q) + at, a.D, q_factor(a), q)
-    FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
+FASTLLM_INLINE void query_row(const AttentionArgs& a, int64_t at, float* q) {
+  const float factor = q_factor(a);
+#define FASTLLM_BODY(T) widen_row(static_cast<const decltype(T)*>(a.q) + at, a.D, factor, q)
+  FASTLLM_FOR_FLOAT(a.dtype, FASTLLM_BODY)
 #undef FASTLLM_BODY
-} FASTLLM_INLINE void query_row(const AttentionArgs& a, int64_t at, bf16* q) {
+}
+FASTLLM_INLINE void query_row(const AttentionArgs& a, int64_t at, bf16* q) {
   const bf16* x = static_cast<const bf16*>(a.q) + at;
   const uint16_t sign = q_factor(a) < 0 ? 0x8000 : 0;
   for (int64_t d = 0; d < a.D; ++d) q[d].bits = static_cast<uint16_t>(x[d].bits ^ sign);

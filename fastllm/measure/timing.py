@@ -3,8 +3,9 @@
 On a GPU a sample is a CUDA graph of many calls: what the GPU takes, not what Python and the driver take to launch it.
 
 A turn of a warm row: untimed calls for 4 ms, which bring back what the others pushed out of the caches (one call does not: a last
-level keeps the others' lines for several), then enough timed calls in a row to last 100 us. A turn of a cold row: one timed call, on the next of more argument sets than the last-level cache
-holds. Warmed up by time; repeated until the budget is spent. Ratios are medians of the pairs of one turn.
+level keeps the others' lines for several), then enough timed calls in a row to last 100 us. A turn of a cold row: one timed
+call, on the next of more argument sets than the last-level cache holds. Warmed up by time; repeated until the budget is
+spent. Ratios are medians of the pairs of one turn.
 """
 
 from __future__ import annotations
