@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import types
 from dataclasses import replace
 
 import pytest
@@ -181,6 +182,23 @@ def test_contestants_take_turns_and_cold_ones_go_round_the_argument_sets():
     seen.clear()
     timing.in_turns(calls, [{"n": n} for n in range(4)], seconds=0.0, warmup=0.0)
     assert set(seen) == {0}
+
+
+def test_untimed_calls_come_before_the_timed_ones_of_a_warm_turn(monkeypatch):
+    now, order = [0.0], []
+    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def contestant(name, takes):
+        def call():
+            order.append(name)
+            now[0] += takes
+
+        return call
+
+    calls = {"a": contestant("a", 1e-3), "b": contestant("b", 20e-6)}
+    times = timing.in_turns(calls, [{}], seconds=0.0, warmup=0.0)
+    assert order == ["a", "b"] + (["a"] * (4 + 1) + ["b"] * (200 + 5)) * timing.MIN_TURNS
+    assert times["a"].samples == pytest.approx([1e-3] * timing.MIN_TURNS)
 
 
 # ---------------------------------------------------------------- limits

@@ -84,7 +84,7 @@ FASTLLM_INLINE void score_tile(const Q* q, int64_t wide, const T* k, int64_t k_s
         d = D;
       }
     }
-    if (kSums == 16 && Keys == 4 && Rows == 4 && first == 0) {
+    if (Rows == 4 && Keys == 4 && first == 0) {  // their sixteen sums need no adding up
       reduce_add16(acc, p, kSplit);
       continue;
     }

@@ -264,7 +264,10 @@ def _cases() -> list[Case]:
         add("odd D 13 decode", 3, 16, 8, 1, 41, 13)
         add("D 1", 1, 2, 1, 9, 9, 1)
         add("one key", 2, 4, 2, 1, 1, 64)
+        add("decode D 576", 1, 4, 1, 1, 70, 576)
         add("scale 0.3", 1, 2, 1, 40, 40, 64, scale=0.3)
+        add("scale -0.3", 1, 2, 1, 40, 40, 64, scale=-0.3)
+        add("scale -0.3 decode", 1, 8, 2, 1, 150, 64, scale=-0.3)
         add("long keys 5000", 1, 4, 2, 12, 5000, 32)
         add("long keys 5000 decode", 1, 4, 2, 1, 5000, 32)
         add("large scores", 2, 6, 3, 40, 40, 64, extra=_scaled(100.0))
@@ -394,6 +397,7 @@ CASES = OpCases(
         "causal is aligned to the start of the keys": _shifted(lambda T, S: T - S),
         "scale is missing": _variant(scale=lambda inputs: 1.0),
         "scale argument is ignored": _variant(scale=lambda inputs: None),
+        "scale loses its sign": _variant(scale=lambda inputs: inputs.get("scale") and abs(inputs["scale"])),
         "window is one too wide": _variant(window=lambda inputs: inputs.get("window") and inputs["window"] + 1),
         "window is one too narrow": _variant(window=lambda inputs: inputs.get("window") and max(1, inputs["window"] - 1)),
         "window is ignored": _variant(window=lambda inputs: None),
